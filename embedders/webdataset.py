@@ -1,0 +1,284 @@
+"""What is in a WebDataset tar: its samples, and where in the file their components lie.
+
+Only headers are read, so a shard's index costs a few milliseconds whatever its images weigh, and everything
+after it is a slice of the file. Formats read: v7, ustar, GNU (long names, base-256 sizes) and PAX, as POSIX.1-2001
+and the GNU tar manual describe them. A sample is what the WebDataset library takes it to be: the members that
+share a path up to the first dot of the file name (https://github.com/webdataset/webdataset).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+from embedders.errors import MalformedShard
+
+BLOCK = 512
+IMAGE_EXTENSIONS = frozenset("jpg jpeg png webp gif tif tiff bmp jp2 avif img ppm".split())
+INDEX_MARK = "shard-embed/1"
+"""Stands in the first line of an index that this module wrote; other tools' indexes are not trusted to be complete."""
+
+_KEY = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$", re.DOTALL)
+_REGULAR = frozenset(b"0\x007")
+_MAX_META = 1 << 20  # a long name or a PAX header larger than this is damage, not a name
+
+
+class Component(NamedTuple):
+    """One member of a sample: `extension` is what follows the first dot, `offset` and `size` are in bytes."""
+
+    extension: str
+    offset: int
+    size: int
+    name: str
+
+
+class Sample(NamedTuple):
+    """The members that share a key, in the order of the tar."""
+
+    key: str
+    components: tuple[Component, ...]
+
+    def image(self) -> Component | None:
+        """The first component whose last extension is an image's, in any case of letters."""
+        for component in self.components:
+            if component.extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                return component
+        return None
+
+    def json(self) -> Component | None:
+        """The sample's `.json` component."""
+        return next((c for c in self.components if c.extension.lower() == "json"), None)
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The plan of a shard: its samples in the order of their first members, and the members that are none of them."""
+
+    samples: tuple[Sample, ...]
+    ignored: tuple[str, ...] = ()
+
+
+class _Member(NamedTuple):
+    name: str
+    type: int
+    offset: int
+    size: int
+
+
+def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> TarIndex:
+    """Index the samples of a tar held in memory or mapped.
+
+    :param data: the whole file's bytes.
+    :param where: how errors name it.
+    :raises MalformedShard: a header that is none, or a member that reaches past the end.
+    """
+    grouped: dict[str, list[Component]] = {}
+    ignored: list[str] = []
+    for member in _members(data, where):
+        match = _KEY.match(member.name)
+        if member.type not in _REGULAR or match is None:
+            if member.type != ord("5"):  # a directory is no sample and nobody misses it
+                ignored.append(member.name)
+            continue
+        key, extension = match.groups()
+        grouped.setdefault(key, []).append(Component(extension, member.offset, member.size, member.name))
+    return TarIndex(tuple(Sample(k, tuple(c)) for k, c in grouped.items()), tuple(ignored))
+
+
+def _members(data: Any, where: str) -> Iterator[_Member]:
+    """Walk the headers of a tar; long names and PAX records are folded into the member they describe."""
+    end, at = len(data), 0
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    if end < BLOCK:
+        raise MalformedShard(f"{where}: {end} bytes are no tar archive; replace the file or take it away")
+    while at + BLOCK <= end:
+        header = data[at : at + BLOCK]
+        if header[0] == 0 and not any(header):
+            return
+        size = _checked_size(header, where, at)
+        kind, start = header[156], at + BLOCK
+        if "size" in pax and kind not in b"xgLK":
+            size = _pax_size(pax["size"], where, at)
+        if kind in b"xgLKS" and (kind == ord("S") or size > _MAX_META):
+            raise MalformedShard(f"{where}: unsupported tar entry of type {chr(kind)!r} at byte {at}; repack the shard")
+        if start + size > end:
+            raise MalformedShard(
+                f"{where}: cut short: the member at byte {at} needs {start + size:,} bytes, the file has {end:,}; "
+                "copy it again from its source"
+            )
+        if kind == ord("L"):
+            long_name = _text(data[start : start + size])
+        elif kind == ord("x"):
+            pax = _pax_records(data[start : start + size], where, at)
+        elif kind not in b"gK":
+            name = pax.get("path") or long_name or _header_name(header)
+            yield _Member(name, kind, start, size if kind in _REGULAR else 0)
+            long_name, pax = None, {}
+            if kind not in _REGULAR:
+                size = 0 if kind in b"12345 6" else size
+        at = start + -(-size // BLOCK) * BLOCK
+
+
+def _checked_size(header: bytes, where: str, at: int) -> int:
+    """The size field of a header whose checksum holds, octal or GNU base-256."""
+    try:
+        stored = int(header[148:156].split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        stored = -1
+    # The checksum field counts as eight spaces. Some old writers summed signed bytes.
+    unsigned = sum(header) - sum(header[148:156]) + 256
+    if stored != unsigned and stored != unsigned - 256 * sum(b > 127 for b in header[:148] + header[156:]):
+        raise MalformedShard(f"{where}: no tar header at byte {at}; the file is damaged or not a tar")
+    field = header[124:136]
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        size = int(field.split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise MalformedShard(f"{where}: a tar header without a size at byte {at}; the file is damaged")
+    return size
+
+
+def _header_name(header: bytes) -> str:
+    name = _text(header[:100])
+    if header[257:263] == b"ustar\0" and header[345]:
+        return f"{_text(header[345:500])}/{name}"
+    return name
+
+
+def _text(raw: bytes) -> str:
+    return bytes(raw).split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pax_records(raw: bytes, where: str, at: int) -> dict[str, str]:
+    """The `length keyword=value` records of a PAX header that matter here: path and size."""
+    records, rest = {}, bytes(raw)
+    while rest.strip(b"\0"):
+        length, space, _ = rest.partition(b" ")
+        if not space or not length.isdigit() or not 0 < int(length) <= len(rest):
+            raise MalformedShard(f"{where}: a damaged PAX header at byte {at}; repack the shard")
+        keyword, _, value = rest[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        rest = rest[int(length) :]
+    return records
+
+
+def _pax_size(value: str, where: str, at: int) -> int:
+    if not value.isdigit():
+        raise MalformedShard(f"{where}: a PAX size that is no number at byte {at}; repack the shard")
+    return int(value)
+
+
+def format_index(index: TarIndex, fingerprint: str) -> str:
+    """DALI's v1.2 index, readable by `fn.readers.webdataset`; the tar's fingerprint is in the first line.
+
+    Spaces and percent signs of names are percent-encoded: DALI splits lines at spaces.
+    """
+    lines = [f"v1.2 {len(index.samples)} {INDEX_MARK} tar={quote(fingerprint)} ignored={len(index.ignored)}"]
+    for sample in index.samples:
+        lines.append(" ".join(f"{_quote(c.extension)} {c.offset} {c.size} {_quote(c.name)}" for c in sample.components))
+    return "\n".join(lines) + "\n"
+
+
+def parse_index(text: str, fingerprint: str) -> TarIndex | None:
+    """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged."""
+    first, _, body = text.partition("\n")
+    head = first.split(" ")
+    if len(head) != 5 or head[2] != INDEX_MARK or head[3] != f"tar={quote(fingerprint)}":
+        return None
+    samples = []
+    try:
+        for line in body.splitlines():
+            fields = line.split(" ")
+            components = tuple(
+                Component(unquote(ext, errors="surrogateescape"), int(offset), int(size), unquote(name, errors="surrogateescape"))
+                for ext, offset, size, name in zip(*[iter(fields)] * 4, strict=True)
+            )
+            key = components[0].name[: -len(components[0].extension) - 1]
+            samples.append(Sample(key, components))
+    except (ValueError, IndexError):
+        return None
+    whole = text.endswith("\n") and len(samples) == int(head[1])
+    return TarIndex(tuple(samples)) if whole else None
+
+
+def _quote(name: str) -> str:
+    """Percent-encode what would break a line of the index, and nothing else, so that it stays readable."""
+    if name.isascii() and name.isprintable() and " " not in name and "%" not in name:
+        return name
+    return quote(name, safe="/:@!$&'()*+,;=~[]", errors="surrogateescape")
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard on the local disk, mapped into memory, with the id of each of its samples.
+
+    `ids[i]` is `index.samples[i]`'s json `id_col`, else its key, as text: ids join by value whatever their type.
+    """
+
+    path: str
+    data: mmap.mmap
+    index: TarIndex
+    ids: tuple[str, ...]
+    id_col: str
+
+    def slice(self, component: Component) -> memoryview:
+        """The component's bytes, not copied."""
+        return memoryview(self.data)[component.offset : component.offset + component.size]
+
+
+def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:
+    """Map a local tar for reading.
+
+    :raises MalformedShard: the file is empty.
+    """
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise MalformedShard(f"{path}: an empty file is no tar; copy it again from its source") from error
+
+
+def open_shard(path: str | os.PathLike[str], id_col: str = "key", index: TarIndex | None = None) -> OpenShard:
+    """Map a local tar, index it unless that is done, and read its samples' ids.
+
+    :raises MalformedShard: it is not a tar or is damaged.
+    """
+    data = map_tar(path)
+    index = read_tar(data, os.fspath(path)) if index is None else index
+    ids = tuple(sample_id(sample, data, id_col) for sample in index.samples)
+    return OpenShard(os.fspath(path), data, index, ids, id_col)
+
+
+def sample_id(sample: Sample, data: mmap.mmap, id_col: str) -> str:
+    """A sample's id as text: its json's `id_col`, else its key."""
+    value = sample_json(sample, data).get(id_col)
+    return sample.key if value is None else canonical_id(value)
+
+
+def sample_json(sample: Sample, data: mmap.mmap) -> dict[str, Any]:
+    """A sample's json object; empty where there is none or it does not parse, since that is not the image's fault."""
+    component = sample.json()
+    if component is None:
+        return {}
+    try:
+        value = json.loads(data[component.offset : component.offset + component.size])
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def canonical_id(value: Any) -> str:
+    """An id as the text that is compared: 12, 12.0 (an integer column that once held a null) and "12" are one id."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
