@@ -1,0 +1,78 @@
+# `make demo` and `make test` work on a fresh clone with python3, make and a shell: each creates .venv on first use.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# make test ARGS="tests/tasks -x"
+ARGS ?=
+
+# The stamp is written last: a creation that fails is taken up again by the next make. An environment made from
+# older requirements is brought to the new ones.
+$(STAMP): pyproject.toml locks/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	    echo "$$($(PYTHON) --version) found, 3.11 to 3.13 needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@rm -f $@
+	@echo "Installing into .venv (several GB, most of it PyTorch; minutes on first use)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	    --constraint locks/dev.txt --editable '.[demo,dev,s3]' | awk ' \
+	    /^ *(Collecting|Obtaining) / { if (++n % 40 == 0) print "  " n " packages found" } \
+	    /^Installing collected/ { print "  unpacking " n " packages" } \
+	    { fflush() }'
+	@touch $@
+
+.PHONY: help
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(STAMP)  ## embed photographs with trained weights on this machine, no GPU or network needed
+	@$(BIN)/python -m flows.demo $(ARGS)
+
+.PHONY: test
+test: $(STAMP)  ## run the tests; ARGS="tests/tasks -x" picks some
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: chaos
+chaos: $(STAMP)  ## run the tests that kill workers and servers in the middle of a run
+	@$(BIN)/python -m pytest -m chaos $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(STAMP)  ## mend what style and formatting can be mended by a program
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: types
+types: $(STAMP)  ## check the types
+	@$(BIN)/mypy
+
+.PHONY: check-locks
+check-locks: $(STAMP)  ## prove that every dependency set still resolves to its lock
+	@$(BIN)/python locks/lock.py --check
+
+.PHONY: lock
+lock: $(STAMP)  ## resolve the locks anew; ARGS=--upgrade takes the newest versions
+	@$(BIN)/python locks/lock.py $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## measure the ceilings and the peers, side by side
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: clean
+clean:  ## remove what commands left here, but not .venv
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-data demo-out
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+.PHONY: distclean
+distclean: clean  ## remove .venv too
+	@rm -rf .venv
