@@ -1,0 +1,305 @@
+"""What an encoded image is, told from its bytes: its size, who may decode it, and what is wrong with it.
+
+`inspect` reads headers only, by content and never by name. It says for every image whether DALI's CPU decoder gives
+the very pixels of Pillow's `convert("RGB")`; what it is not sure of is Pillow's. `decode` is Pillow with one kind of
+exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from embedders.loader import Reason
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Buffer = np.ndarray | memoryview | bytes
+
+MAX_PIXELS = 178_000_000
+"""Just under the size from which Pillow calls an image a decompression bomb (2 x Image.MAX_IMAGE_PIXELS)."""
+
+
+class ImageHeader(NamedTuple):
+    """What the first bytes say. Sizes are in pixels, before any EXIF rotation, and 0 where they were not looked for.
+
+    `dali` is True only where DALI's CPU decoder and Pillow agree bit for bit; otherwise `why` is a line for a person.
+    `metadata` is True if the image carries EXIF or XMP, so that it might ask to be rotated.
+    """
+
+    format: str
+    width: int
+    height: int
+    dali: bool
+    why: str
+    metadata: bool = False
+
+
+class BadImage(Exception):
+    """An image that cannot be decoded; `detail` is one line."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def inspect(data: Buffer) -> ImageHeader:
+    """The header of an encoded image (1-D uint8 array, or bytes); never raises.
+
+    Runs once an image in the thread that feeds the loader: about 5 microseconds for a JPEG.
+    """
+    view = _view(data)
+    kind = sniff(bytes(view[:32]))
+    if kind == "jpeg":
+        return _inspect_jpeg(view)
+    if kind == "png":
+        return _inspect_png(view)
+    return ImageHeader(kind, 0, 0, False, f"{kind or 'unknown format'} is read by Pillow")
+
+
+def decode(data: Buffer, mode: str = "RGB", max_pixels: int = MAX_PIXELS, apply_exif: bool = False) -> Image.Image:
+    """The decoded image in Pillow mode `mode`: `PIL.Image.open(...).convert(mode)`, first frame of several.
+
+    Raises BadImage, and besides MemoryError nothing else, whatever the bytes are. Images of more than `max_pixels` by
+    their header are refused before they are decoded. EXIF orientation is ignored, as timm ignores it, unless
+    `apply_exif`.
+    """
+    if len(data) == 0:
+        raise BadImage(Reason.EMPTY, "no bytes")
+    header = inspect(data)
+    _check_size(header.width, header.height, max_pixels)
+    try:
+        with Image.open(io.BytesIO(_view(data)), formats=_pillow_formats()) as image:
+            _check_size(*image.size, max_pixels)
+            upright = ImageOps.exif_transpose(image) if apply_exif else image
+            return upright.convert(mode)
+    except (BadImage, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(Reason.TOO_LARGE, _one_line(error)) from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data, header) from error
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, IndexError …
+        raise BadImage(_reason(error, data, header.format), f"{header.format}: {_one_line(error)}") from error
+
+
+def is_rotated(data: Buffer) -> bool:
+    """Whether the image's metadata asks for another orientation than the stored one, by Pillow's reading of it."""
+    try:
+        with Image.open(io.BytesIO(_view(data)), formats=_pillow_formats()) as image:
+            return image.getexif().get(_ORIENTATION, 1) != 1
+    except MemoryError:
+        raise
+    except Exception:
+        return True  # whatever it is, Pillow's path shall say so
+
+
+_ORIENTATION = 0x0112
+"""EXIF tag of the orientation: 1 is upright."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "MPO", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "DIB", "PSD", "PCX",
+            "SGI", "DDS", "QOI", "TGA", "ICNS", "XBM", "XPM", "SUN", "MSP", "IM")  # fmt: skip
+"""Raster formats Pillow reads by itself. EPS, WMF and the like are left out: their plugins start other programs."""
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg2000"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "jpeg xl"),
+    (b"\xff\x0a", "jpeg xl"),
+    (b"8BPS", "psd"),
+    (b"\0\0\1\0", "ico"),
+    (b"qoif", "qoi"),
+    (b"DDS ", "dds"),
+    (b"%!PS", "eps"),
+    (b"\xc5\xd0\xd3\xc6", "eps"),
+    (b"\xd7\xcd\xc6\x9a", "wmf"),
+    (b"<svg", "svg"),
+)
+
+_UNSUPPORTED = frozenset({"jpeg xl", "eps", "wmf", "svg", "heif"})
+"""Formats that are images, but not to Pillow as it is used here."""
+
+
+def sniff(head: bytes) -> str:
+    """The name of the format that begins with these bytes (32 are enough), or an empty string."""
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        return "avif" if head[8:12] in (b"avif", b"avis") else "heif"
+    return ""
+
+
+@functools.cache
+def _pillow_formats() -> tuple[str, ...]:
+    """Those of _FORMATS that this build of Pillow has; Image.open raises KeyError on the others."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _inspect_jpeg(view: memoryview) -> ImageHeader:
+    """Walk the marker segments up to the first scan (ITU T.81, annex B)."""
+    end = len(view)
+    position = 2
+    width = height = components = transform = sof = precision = 0
+    ids = b""
+    jfif = adobe = metadata = False
+    while True:
+        if position + 4 > end:
+            return ImageHeader("jpeg", width, height, False, "the JPEG ends before its first scan", metadata)
+        if view[position] != 0xFF:
+            return ImageHeader("jpeg", width, height, False, "the JPEG's markers are out of step", metadata)
+        marker = view[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        size = view[position + 2] << 8 | view[position + 3]
+        body = position + 4
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if body + 6 > end:
+                return ImageHeader("jpeg", 0, 0, False, "the JPEG ends in its frame header", metadata)
+            sof, precision, components = marker, view[body], view[body + 5]
+            height = view[body + 1] << 8 | view[body + 2]
+            width = view[body + 3] << 8 | view[body + 4]
+            ids = bytes(view[body + 6 : body + 6 + 3 * components : 3])
+        elif marker == 0xE0:
+            jfif = jfif or bytes(view[body : body + 5]) == b"JFIF\0"
+        elif marker == 0xE1:
+            metadata = True
+        elif marker == 0xEE and size >= 14 and bytes(view[body : body + 5]) == b"Adobe":
+            adobe = True
+            transform = view[body + 11] if body + 11 < end else 0
+        elif marker == 0xDA:
+            break
+        elif marker == 0xD9 or size < 2:
+            return ImageHeader("jpeg", width, height, False, "the JPEG has no scan", metadata)
+        position += 2 + size
+    why = _why_not_jpeg(sof, precision, components, width * height)
+    if not why and components == 3 and _is_stored_as_rgb(jfif, adobe, transform, ids):
+        why = "the JPEG is stored as RGB"
+    if not why and not _has_end_of_image(view, position):
+        why = "the JPEG has no end"
+    return ImageHeader("jpeg", width, height, not why, why, metadata)
+
+
+def _why_not_jpeg(sof: int, precision: int, components: int, pixels: int) -> str:
+    if sof not in (0xC0, 0xC1, 0xC2) or precision != 8:
+        return "the JPEG is not an 8-bit baseline or progressive one"
+    if components not in (1, 3):
+        return f"the JPEG has {components} components"
+    return "" if pixels else "the JPEG's header has no size"
+
+
+def _is_stored_as_rgb(jfif: bool, adobe: bool, transform: int, ids: bytes) -> bool:
+    """libjpeg's guess of the colour space of three components (default_decompress_parms in jdapimin.c)."""
+    if jfif:
+        return False
+    return transform == 0 if adobe else ids == b"RGB"
+
+
+def _has_end_of_image(view: memoryview, scan: int) -> bool:
+    """Whether an EOI marker follows the first scan. Bytes after it are common, and harmless.
+
+    Without this check libjpeg fills what is missing with grey. FF D9 cannot occur inside entropy-coded data, and a
+    thumbnail's lies before the scan.
+    """
+    return bytes(view[-2:]) == b"\xff\xd9" or bytes(view[scan:]).rfind(b"\xff\xd9") >= 0
+
+
+def _inspect_png(view: memoryview) -> ImageHeader:
+    """IHDR, then the chain of chunks up to IEND (PNG specification, third edition, section 5)."""
+    if len(view) < 33 or bytes(view[12:16]) != b"IHDR":
+        return ImageHeader("png", 0, 0, False, "the PNG ends in its header")
+    width, height = int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big")
+    depth, colour, interlace = view[24], view[25], view[28]
+    why = ""
+    if not width * height:
+        why = "the PNG's header has no size"
+    elif depth != 8 or colour not in (0, 2) or interlace:
+        why = "the PNG is not 8-bit RGB or grey without interlace"
+    chunks = _png_chunks(view) if not why else set()
+    if not why and b"tRNS" in chunks:
+        why = "the PNG has transparency"
+    if not why and b"IEND" not in chunks:
+        why = "the PNG has no end"
+    return ImageHeader("png", width, height, not why, why, b"eXIf" in chunks or b"iTXt" in chunks)
+
+
+def _png_chunks(view: memoryview) -> set[bytes]:
+    """The types of the chunks up to IEND, without IEND if the chain does not lead there."""
+    types: set[bytes] = set()
+    position, end = 8, len(view)
+    while position + 12 <= end:
+        kind = bytes(view[position + 4 : position + 8])
+        types.add(kind)
+        if kind == b"IEND":
+            break
+        position += 12 + int.from_bytes(view[position : position + 4], "big")
+    return types
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(Reason.TOO_LARGE, f"{width}x{height} is more than {max_pixels:,} pixels")
+
+
+def _unidentified(data: Buffer, header: ImageHeader) -> BadImage:
+    kind = header.format
+    if not kind and b"<svg" in bytes(_view(data)[:4096]):
+        kind = "svg"
+    if not kind:
+        return BadImage(Reason.NOT_AN_IMAGE, f"begins with {bytes(_view(data)[:12])!r}")
+    if kind in _UNSUPPORTED or (kind == "avif" and "AVIF" not in _pillow_formats()):
+        return BadImage(Reason.UNSUPPORTED, f"{kind} is not read here: convert it to JPEG, PNG or WebP")
+    reason = Reason.TRUNCATED if _is_cut_short(data, kind) else Reason.CORRUPT
+    return BadImage(reason, f"{kind}: the header cannot be read")
+
+
+def _reason(error: Exception, data: Buffer, kind: str) -> Reason:
+    message = str(error).lower()
+    if "truncated" in message or isinstance(error, EOFError) or _is_cut_short(data, kind):
+        return Reason.TRUNCATED
+    unsupported = ("not supported", "unsupported", "not available", "not implemented", "unknown compression")
+    if isinstance(error, NotImplementedError | KeyError) or any(words in message for words in unsupported):
+        return Reason.UNSUPPORTED
+    return Reason.CORRUPT
+
+
+def _is_cut_short(data: Buffer, kind: str) -> bool:
+    """Whether the file ends before its format says it does, as far as that can be told cheaply."""
+    view = _view(data)
+    if len(view) < 32:
+        return True
+    if kind == "jpeg":
+        return bytes(view[2:]).rfind(b"\xff\xd9") < 0
+    if kind == "png":
+        return b"IEND" not in _png_chunks(view)
+    if kind == "webp":
+        return int.from_bytes(view[4:8], "little") + 8 > len(view)
+    if kind == "bmp":
+        return int.from_bytes(view[2:6], "little") > len(view)
+    return kind == "gif" and not bytes(view[-16:]).rstrip(b"\0").endswith(b";")
+
+
+def _view(data: Buffer) -> memoryview:
+    return memoryview(data)  # type: ignore[arg-type]  # numpy declares its arrays as buffers from Python 3.12 on
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
