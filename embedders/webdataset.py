@@ -8,6 +8,7 @@ share a path up to the first dot of the file name (https://github.com/webdataset
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
+import numpy as np
+
 from embedders.errors import MalformedShard
+from embedders.loader import Reason
 
 BLOCK = 512
 IMAGE_EXTENSIONS = frozenset("jpg jpeg png webp gif tif tiff bmp jp2 avif img ppm".split())
@@ -106,7 +110,9 @@ def _members(data: Any, where: str) -> Iterator[_Member]:
         kind, start = header[156], at + BLOCK
         if "size" in pax and kind not in b"xgLK":
             size = _pax_size(pax["size"], where, at)
-        if kind in b"xgLKS" and (kind == ord("S") or size > _MAX_META):
+        if kind in b"123456":  # links, devices and directories have no data, whatever their size field says
+            size = 0
+        if kind == ord("S") or (kind in b"xgLK" and size > _MAX_META):
             raise MalformedShard(f"{where}: unsupported tar entry of type {chr(kind)!r} at byte {at}; repack the shard")
         if start + size > end:
             raise MalformedShard(
@@ -119,10 +125,8 @@ def _members(data: Any, where: str) -> Iterator[_Member]:
             pax = _pax_records(data[start : start + size], where, at)
         elif kind not in b"gK":
             name = pax.get("path") or long_name or _header_name(header)
-            yield _Member(name, kind, start, size if kind in _REGULAR else 0)
+            yield _Member(name, kind, start, size)
             long_name, pax = None, {}
-            if kind not in _REGULAR:
-                size = 0 if kind in b"12345 6" else size
         at = start + -(-size // BLOCK) * BLOCK
 
 
@@ -231,9 +235,25 @@ class OpenShard:
     ids: tuple[str, ...]
     id_col: str
 
-    def slice(self, component: Component) -> memoryview:
-        """The component's bytes, not copied."""
-        return memoryview(self.data)[component.offset : component.offset + component.size]
+    def bytes_of(self, component: Component) -> np.ndarray:
+        """The component's bytes as a 1-D uint8 view of the mapped file, not copied."""
+        return np.frombuffer(self.data, np.uint8, component.size, component.offset)
+
+    @functools.cached_property
+    def unusable(self) -> dict[int, tuple[Reason, str]]:
+        """The samples that no loader need look at: no image, an empty one, or an id that was there before."""
+        seen: dict[str, str] = {}
+        found: dict[int, tuple[Reason, str]] = {}
+        for i, (sample, sample_id) in enumerate(zip(self.index.samples, self.ids, strict=True)):
+            image = sample.image()
+            if sample_id in seen:
+                found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
+            elif image is None:
+                found[i] = Reason.MISSING_IMAGE, "only " + ", ".join(c.extension for c in sample.components)
+            elif image.size == 0:
+                found[i] = Reason.EMPTY, "0 bytes"
+            seen.setdefault(sample_id, sample.components[0].name)
+        return found
 
 
 def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:

@@ -1,0 +1,118 @@
+"""ImageEmbedder: what turns a shard of images into vectors, and the two methods a custom one overrides."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from embedders.errors import InputError
+from embedders.loader import Reason, Rejected
+from embedders.webdataset import OpenShard, canonical_id
+
+
+class Row(NamedTuple):
+    """Where a vector belongs: the n-th shard of the stream, the n-th sample of that shard."""
+
+    shard: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class ShardBatch:
+    """A batch for the model, with the place of each of its rows. `images` is whatever the model takes."""
+
+    images: Any
+    rows: Sequence[Row]
+    rejected: Sequence[Rejected] = field(default_factory=tuple)
+
+
+class ImageEmbedder(ABC):
+    """Turns images into vectors.
+
+    A custom embedder overrides `load_dataset_shard` and `load_embedding_model`; nothing else is asked of it, not
+    even that its `__init__` calls this one. It is sent to workers by pickle and hashed by its class's source and its
+    attributes, so keep the model itself out of the attributes: `load_embedding_model` is called once a worker.
+    """
+
+    image_embedding_column: str = "image_embedding"
+    use_index_files: bool = True
+
+    execution_parameters: frozenset[str] = frozenset({"image_embedding_column", "use_index_files"})
+    """Attributes that change how an embedder runs and not what vectors it gives: left out of its fingerprint."""
+
+    def __init__(
+        self,
+        model_name: str = "",
+        image_embedding_column: str = "image_embedding",
+        classifiers: Sequence[object] = (),
+    ) -> None:
+        if classifiers:
+            raise InputError("classifiers are not supported here; embed first, then score the embedding column")
+        self.model_name = model_name
+        self.image_embedding_column = image_embedding_column
+
+    @abstractmethod
+    def load_dataset_shard(self, tar_path: str) -> Iterable[tuple[Any, list[dict[str, Any]]]]:
+        """Yield `(batch, metadata)` pairs of one local tar.
+
+        :param tar_path: a path on the local disk.
+        :return: pairs of anything the model takes and a list with one dict a sample, which holds the id column.
+        """
+
+    @abstractmethod
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        """The model, on `device` ("cuda" or "cpu"): a callable from a batch to (n, dimensions) vectors."""
+
+    def __call__(self, dataset: Any) -> Any:
+        """Ask a dataset to embed itself with this embedder; lazy, as the dataset decides."""
+        return dataset.embed_with(self)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the vectors depend on, as plain JSON: equal fingerprints give equal vectors."""
+        kind = type(self)
+        try:
+            source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+        except (OSError, TypeError):  # defined in an interpreter's session
+            source = ""
+        attributes = {k: v for k, v in sorted(vars(self).items()) if k not in self.execution_parameters}
+        return {
+            "embedder": kind.__qualname__,
+            "source": source,
+            "attributes": json.loads(json.dumps(attributes, sort_keys=True, default=_plain)),
+        }
+
+    def check(self) -> None:
+        """Raise InputError if this embedder cannot run, before anything is started or written."""
+
+    def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
+        """Batches of a stream of shards, by default shard by shard from `load_dataset_shard`, joined by id."""
+        for number, shard in enumerate(shards):
+            position = {sample_id: i for i, sample_id in reversed(list(enumerate(shard.ids)))}
+            forgotten = set(range(len(shard.ids)))
+            for images, metadata in self.load_dataset_shard(shard.path):
+                samples = [_position(m, shard, position, self) for m in metadata]
+                forgotten.difference_update(samples)
+                yield ShardBatch(images, [Row(number, sample) for sample in samples])
+            detail = f"{type(self).__name__} yielded no batch with this sample"
+            yield ShardBatch(None, [], [Rejected(Row(number, i), Reason.NOT_EMBEDDED, detail) for i in sorted(forgotten)])
+
+
+def _position(metadata: dict[str, Any], shard: OpenShard, position: dict[str, int], embedder: object) -> int:
+    name = f"{type(embedder).__name__}.load_dataset_shard({shard.path!r})"
+    if shard.id_col not in metadata:
+        raise InputError(f"{name} yields metadata without the id column {shard.id_col!r}; it has {list(metadata)}")
+    sample_id = canonical_id(metadata[shard.id_col])
+    if sample_id not in position:
+        raise InputError(f"{name} yields id {sample_id!r}, which no sample of the shard has")
+    return position[sample_id]
+
+
+def _plain(value: Any) -> Hashable:
+    """An attribute that JSON does not know, as text without a memory address, which would differ between processes."""
+    text = repr(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text

@@ -1,0 +1,184 @@
+"""An embedder made ready on a device: batches in, vectors out, scattered back to their shards.
+
+Lives as long as its worker, because loading a model and building a decoder take seconds. It knows nothing of where
+shards come from or where vectors go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedders.base import ImageEmbedder, Row, ShardBatch
+from embedders.loader import Rejected
+from embedders.webdataset import OpenShard
+
+IN_FLIGHT = 2
+"""Batches whose vectors may still be on their way to the host while the next is computed."""
+
+
+class QuarantinedSample(NamedTuple):
+    """A sample that got no embedding, and why."""
+
+    id: str
+    member: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class EmbeddedShard:
+    """All that came of a shard, in the order of its samples: len(ids) + len(quarantined) == samples.
+
+    `vectors` is (len(ids), dimensions) float32, C-contiguous.
+    """
+
+    shard: OpenShard
+    ids: list[str]
+    vectors: np.ndarray
+    quarantined: list[QuarantinedSample]
+    seconds: float
+
+    @property
+    def samples(self) -> int:
+        return len(self.shard.index.samples)
+
+
+@dataclass
+class _Pending:
+    """A shard in flight: `vectors[i]` holds once `done[i]`, and each sample ends in `done` or in `rejected`."""
+
+    shard: OpenShard
+    started: float
+    vectors: np.ndarray | None = None
+    done: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    rejected: dict[int, Rejected] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return int(self.done.sum()) + len(self.rejected) >= len(self.done)
+
+
+class Engine:
+    """An embedder with its model loaded on a device."""
+
+    def __init__(self, embedder: ImageEmbedder, device: str) -> None:
+        self.embedder = embedder
+        self.device = device
+        self.model = embedder.load_embedding_model(device)
+
+    def embed(self, shards: Iterable[OpenShard]) -> Iterator[EmbeddedShard]:
+        """Embed a stream of shards. Each is yielded once all its samples are accounted for, in no promised order."""
+        opened: dict[int, _Pending] = {}
+        in_flight: deque[tuple[ShardBatch, Any]] = deque()
+        for batch in self.embedder.batches(_watched(shards, opened), self.device):
+            in_flight.append((batch, self._forward(batch)))
+            if len(in_flight) >= IN_FLIGHT:
+                self._settle(*in_flight.popleft(), opened)
+                yield from _completed(opened)
+        while in_flight:
+            self._settle(*in_flight.popleft(), opened)
+        yield from _completed(opened)
+
+    def _forward(self, batch: ShardBatch) -> Any:
+        """The batch's vectors, on their way to the host; None for a batch without rows."""
+        if not batch.rows:
+            return None
+        import torch
+
+        with torch.inference_mode():
+            vectors = self._split_when_out_of_memory(batch.images)
+            if not isinstance(vectors, torch.Tensor):
+                return vectors
+            vectors = vectors.detach().float()
+            if vectors.device.type != "cuda":
+                return vectors
+            host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+            host.copy_(vectors, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            return host, event
+
+    def _split_when_out_of_memory(self, images: Any) -> Any:
+        """Run the model, on halves of the batch if it does not fit: memory is no reason to lose a shard."""
+        import torch
+
+        try:
+            return self.model(images)
+        except torch.OutOfMemoryError:
+            if not isinstance(images, torch.Tensor) or len(images) < 2:
+                raise
+        torch.cuda.empty_cache()
+        half = len(images) // 2
+        parts = [self._split_when_out_of_memory(part) for part in (images[:half], images[half:])]
+        return torch.cat(parts)
+
+    def _settle(self, batch: ShardBatch, vectors: Any, opened: dict[int, _Pending]) -> None:
+        """Put a batch's vectors and rejections where they belong."""
+        for rejected in batch.rejected:
+            row = rejected.tag
+            assert isinstance(row, Row)
+            opened[row.shard].rejected.setdefault(row.sample, rejected)
+        if vectors is None:
+            return
+        if isinstance(vectors, tuple):
+            vectors, event = vectors
+            event.synchronize()
+        matrix = np.asarray(vectors, dtype=np.float32)
+        if matrix.ndim != 2 or len(matrix) != len(batch.rows):
+            raise ValueError(
+                f"the model gave an array of shape {matrix.shape} for a batch of {len(batch.rows)}; "
+                "load_embedding_model must return a callable that gives (n, dimensions)"
+            )
+        shard_of, sample_of = np.array(batch.rows, dtype=np.int64).T
+        for number in np.unique(shard_of):
+            mine = shard_of == number
+            _scatter(opened[int(number)], sample_of[mine], matrix[mine])
+
+
+def _watched(shards: Iterable[OpenShard], opened: dict[int, _Pending]) -> Iterator[OpenShard]:
+    """Note each shard as the loader takes it, with what can be said of it before any image is read."""
+    for number, shard in enumerate(shards):
+        pending = _Pending(shard, time.monotonic(), done=np.zeros(len(shard.index.samples), bool))
+        pending.rejected.update({i: Rejected(Row(number, i), *why) for i, why in shard.unusable.items()})
+        opened[number] = pending
+        yield shard
+
+
+def _scatter(pending: _Pending, samples: np.ndarray, matrix: np.ndarray) -> None:
+    if pending.vectors is None:
+        pending.vectors = np.empty((len(pending.done), matrix.shape[1]), np.float32)
+    fresh = ~pending.done[samples]
+    for sample in samples[fresh]:
+        pending.rejected.pop(int(sample), None)
+    pending.vectors[samples[fresh]] = matrix[fresh]
+    pending.done[samples[fresh]] = True
+
+
+def _completed(opened: dict[int, _Pending]) -> Iterator[EmbeddedShard]:
+    for number in [n for n, pending in opened.items() if pending.complete]:
+        yield _finish(opened.pop(number))
+
+
+def _finish(pending: _Pending) -> EmbeddedShard:
+    shard = pending.shard
+    vectors = np.zeros((0, 0), np.float32) if pending.vectors is None else pending.vectors
+    if pending.vectors is not None and not pending.done.all():
+        vectors = vectors[pending.done]
+    ids = [sample_id for sample_id, done in zip(shard.ids, pending.done, strict=True) if done]
+    quarantined = [
+        QuarantinedSample(shard.ids[i], _member(shard, i), str(r.reason), r.detail)
+        for i, r in sorted(pending.rejected.items())
+    ]
+    return EmbeddedShard(shard, ids, vectors, quarantined, time.monotonic() - pending.started)
+
+
+def _member(shard: OpenShard, i: int) -> str:
+    sample = shard.index.samples[i]
+    return (sample.image() or sample.components[0]).name
+

@@ -1,0 +1,253 @@
+"""TimmImageEmbedder: any timm model, fed by DALI or by the reference loader, giving the vectors timm gives."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedders.base import ImageEmbedder, Row, ShardBatch
+from embedders.errors import InputError
+from embedders.loader import Encoded, Loader
+from embedders.preprocess import NotConvertible, Preprocessing, timm_transform
+from embedders.webdataset import OpenShard, open_shard
+from embedders.weights import RANDOM, Weights, resolve_weights
+
+if TYPE_CHECKING:
+    import torch
+
+LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217})
+"""How many classes the label sets of timm's classifiers have: a head of such a width gives logits."""
+
+AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
+
+
+class LoaderKind(enum.StrEnum):
+    """Who decodes and preprocesses."""
+
+    AUTO = "auto"
+    DALI = "dali"
+    REFERENCE = "reference"
+
+
+class TimmImageEmbedder(ImageEmbedder):
+    """Embeds images with a timm model: pooled features, or the projection where the model has one (CLIP and kin).
+
+    :param model_name: a timm name with or without a pretrained tag, `hf-hub:…` or `local-dir:…`.
+    :param pretrained: load the tag's weights; False gives random ones, the same on every worker.
+    :param batch_size: images a batch; "auto" chooses by device.
+    :param num_threads_per_worker: threads that decode; by default the processor cores of the worker's share.
+    :param image_embedding_column: the name of the new column.
+    :param normalize_embeddings: scale each vector to length 1.
+    :param autocast: float16 weights and arithmetic on a GPU; False for float32. A CPU always computes in float32.
+    :param use_index_files: keep the shards' indexes in the output's index folder.
+    :param checkpoint: a .safetensors or .pth file with the weights (loaded without pickle).
+    :param loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
+    :param decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU, "auto" chooses.
+    """
+
+    execution_parameters = ImageEmbedder.execution_parameters | {"batch_size", "num_threads_per_worker"}
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = True,
+        batch_size: int | Literal["auto"] = "auto",
+        num_threads_per_worker: int | None = None,
+        image_embedding_column: str = "image_embedding",
+        normalize_embeddings: bool = True,
+        classifiers: Sequence[object] = (),
+        autocast: bool = True,
+        use_index_files: bool = True,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        loader: str = "auto",
+        decode: str = "auto",
+    ) -> None:
+        super().__init__(model_name, image_embedding_column, classifiers)
+        if batch_size != "auto" and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; give 1 or more, or 'auto'")
+        if num_threads_per_worker is not None and num_threads_per_worker < 1:
+            raise InputError(f"num_threads_per_worker is {num_threads_per_worker}; give 1 or more")
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+        self.num_threads_per_worker = num_threads_per_worker
+        self.normalize_embeddings = normalize_embeddings
+        self.autocast = autocast
+        self.use_index_files = use_index_files
+        self.checkpoint = None if checkpoint is None else os.path.abspath(checkpoint)
+        self.loader = LoaderKind(loader)
+        self.decode = decode
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one process: the loader and the resolved weights."""
+        return {k: v for k, v in vars(self).items() if k not in {"_loader", "weights"}}
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The resolved weights; see `embedders.weights`."""
+        return resolve_weights(self.model_name, self.pretrained, self.checkpoint)
+
+    @functools.cached_property
+    def data_config(self) -> dict[str, Any]:
+        """timm's data configuration of the model: input size, interpolation, crop, mean and std."""
+        from timm.data import resolve_data_config
+
+        return resolve_data_config(pretrained_cfg=self.weights.pretrained_cfg)
+
+    @functools.cached_property
+    def preprocessing(self) -> Preprocessing:
+        """The data configuration as one plain value.
+
+        :raises NotConvertible: it has no such form; only the reference loader follows it.
+        """
+        return Preprocessing.from_timm(self.data_config)
+
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the model's head is a projection into a shared space, not a classifier."""
+        cfg = self.weights.pretrained_cfg
+        name = f"{self.weights.architecture}.{cfg.get('tag') or ''}.{cfg.get('hf_hub_id') or ''}".lower()
+        contrastive = "clip" in name or "_pe_core" in name
+        return contrastive and bool(cfg.get("num_classes")) and cfg["num_classes"] not in LABEL_COUNTS
+
+    def check(self) -> None:
+        """Resolve the weights now.
+
+        :raises InputError: unknown model, or weights that cannot be had.
+        """
+        _ = self.weights
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Model, weights, preprocessing, precision and normalisation."""
+        own = type(self).load_dataset_shard is TimmImageEmbedder.load_dataset_shard
+        if not own or type(self).load_embedding_model is not TimmImageEmbedder.load_embedding_model:
+            return super().fingerprint() | {"weights": self.weights.identity}
+        return {
+            "embedder": "TimmImageEmbedder",
+            "model": self.model_name,
+            "weights": self.weights.identity,
+            "preprocessing": _plain(self.data_config),
+            "precision": "float16 on a GPU" if self.autocast else "float32",
+            "normalized": self.normalize_embeddings,
+        }
+
+    def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The timm model in evaluation mode.
+
+        :return: a callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for.
+        """
+        import torch
+
+        model = self._create_model().eval().requires_grad_(False).to(device=device, dtype=self._dtype(device))
+        convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
+        if convolutional:
+            model = model.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if convolutional else torch.contiguous_format
+
+        def embed(images: torch.Tensor) -> torch.Tensor:
+            vectors = model(images.to(device=device, dtype=self._dtype(device), memory_format=layout)).float()
+            return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors
+
+        return embed
+
+    def _create_model(self) -> torch.nn.Module:
+        import timm
+        import torch
+
+        torch.manual_seed(0)  # random weights must be the same on every worker
+        head: dict[str, Any] = {} if self.keeps_head else {"num_classes": 0}
+        name = self.model_name
+        if self.checkpoint is not None:
+            overlay = {"state_dict": _read_checkpoint(self.checkpoint), "source": ""}
+            try:
+                return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **head)
+            except RuntimeError as error:
+                raise InputError(f"checkpoint {self.checkpoint!r} does not fit {name!r}: {_first_lines(error)}") from error
+        return timm.create_model(name, pretrained=self.weights.identity != RANDOM, **head)
+
+    def _dtype(self, device: str) -> torch.dtype:
+        import torch
+
+        return torch.float16 if self.autocast and device.startswith("cuda") else torch.float32
+
+    def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        """Yield `(images, metadata)` of one local tar, the id under "key", on the GPU where there is one."""
+        import torch
+
+        shard = open_shard(tar_path)
+        for batch in self.batches([shard], "cuda" if torch.cuda.is_available() else "cpu"):
+            if batch.rows:
+                yield batch.images, [{shard.id_col: shard.ids[row.sample]} for row in batch.rows]
+
+    def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
+        """Batches that run on across shards, from one loader that lives as long as this object."""
+        if type(self).load_dataset_shard is not TimmImageEmbedder.load_dataset_shard:
+            yield from super().batches(shards, device)
+            return
+        for batch in self._open_loader(device).batches(_encoded(shards)):
+            yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+
+    def _open_loader(self, device: str) -> Loader:
+        if not hasattr(self, "_loader"):
+            self._loader = self._build_loader(device)
+        return self._loader
+
+    def _build_loader(self, device: str) -> Loader:
+        from embedders.dali import DaliLoader, Decode
+        from embedders.reference import ReferenceLoader
+
+        kind = device.partition(":")[0]
+        common: dict[str, Any] = {
+            "transform": timm_transform(self.data_config),
+            "batch_size": AUTO_BATCH_SIZE[kind] if self.batch_size == "auto" else self.batch_size,
+            "num_threads": self.num_threads_per_worker or _available_cores(),
+            "device": device,
+            "dtype": self._dtype(device),
+        }
+        if self.loader is LoaderKind.REFERENCE:
+            return ReferenceLoader(**common)
+        try:
+            preprocessing = self.preprocessing
+        except NotConvertible as why:
+            if self.loader is LoaderKind.DALI:
+                raise InputError(f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto") from why
+            warnings.warn(f"{self.model_name}: using the reference loader: {why}", stacklevel=2)
+            return ReferenceLoader(**common)
+        decode = Decode.FAST if kind == "cuda" and self.decode == "fast" else Decode.EXACT
+        return DaliLoader(preprocessing=preprocessing, decode=decode, **common)
+
+
+def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
+    """Every image of a stream of shards that is worth looking at."""
+    for number, shard in enumerate(shards):
+        for i, sample in enumerate(shard.index.samples):
+            image = sample.image()
+            if image is not None and i not in shard.unusable:
+                yield Encoded(Row(number, i), shard.bytes_of(image))
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    """A state dict from safetensors, or from a torch file without running its pickle."""
+    from timm.models import load_state_dict
+
+    try:
+        return load_state_dict(path, weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors each raise their own
+        raise InputError(f"cannot read checkpoint {path!r}: {_first_lines(error)}") from error
+
+
+def _first_lines(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(config.items())}
+
+
+def _available_cores() -> int:
+    """This worker's share of the cores: what its cluster says, else all that the process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

@@ -1,0 +1,149 @@
+"""Where a timm model's weights come from and what identifies them, resolved once, before anything is started.
+
+One `Weights` value stands for every source: timm's own names, `hf-hub:` and `local-dir:` names, a checkpoint file,
+or random weights from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedders.errors import InputError
+
+CHECKPOINT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin"})
+RANDOM = "random, seed 0"
+WAYS_OUT = "give --checkpoint FILE, a local-dir:FOLDER model name, or --no-pretrained for random weights"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's architecture, timm's configuration of its weights, and what identifies the weights' content."""
+
+    architecture: str
+    pretrained_cfg: dict[str, Any]
+    identity: str
+    """`sha256:…` of the file, the hub's etag of it, or RANDOM."""
+
+
+def resolve_weights(model_name: str, pretrained: bool, checkpoint: str | None) -> Weights:
+    """Find the weights, downloading them to timm's cache where they come from a hub.
+
+    :raises InputError: unknown model, or weights that are not here and cannot be had.
+    """
+    architecture, cfg = _configuration(model_name)
+    if checkpoint is not None:
+        return Weights(architecture, cfg, _checkpoint_identity(checkpoint))
+    if not pretrained:
+        return Weights(architecture, cfg, RANDOM)
+    return Weights(architecture, cfg, _pretrained_identity(model_name, cfg))
+
+
+def _configuration(model_name: str) -> tuple[str, dict[str, Any]]:
+    """A model's architecture and pretrained configuration; nothing but a config.json is fetched."""
+    import timm
+    from timm.models import load_model_config_from_hf, parse_model_name
+
+    if model_name.startswith("local-dir:"):
+        return _local_configuration(Path(model_name.removeprefix("local-dir:")))
+    if model_name.startswith("hf-hub:") or model_name.startswith("hf_hub:"):
+        try:
+            cfg, architecture, _ = load_model_config_from_hf(parse_model_name(model_name)[1])
+        except Exception as error:  # the hub's client raises a dozen kinds
+            raise InputError(f"cannot read {model_name!r} from the hub ({_first_line(error)}); {WAYS_OUT}") from error
+        return architecture, cfg
+    if not timm.is_model(model_name):
+        raise InputError(f"no timm model is named {model_name!r}; {_closest(model_name)}")
+    found = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
+    tag = model_name.partition(".")[2]
+    if found is None or (tag and found.tag != tag):
+        raise InputError(f"timm has no pretrained tag {model_name!r}; {_closest(model_name)}")
+    return timm.models.split_model_name_tag(model_name)[0], found.to_dict()
+
+
+def _local_configuration(folder: Path) -> tuple[str, dict[str, Any]]:
+    from timm.models import load_model_config_from_path
+
+    try:
+        cfg, architecture, _ = load_model_config_from_path(folder)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"local-dir:{folder} is no timm model folder: {_first_line(error)}") from error
+    return architecture, cfg
+
+
+def _closest(model_name: str) -> str:
+    import timm
+
+    names = timm.list_models(pretrained=True) if "." in model_name else timm.list_models()
+    close = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5) or difflib.get_close_matches(
+        model_name.partition(".")[0], timm.list_models(), n=3, cutoff=0.3
+    )
+    return f"the closest names are {', '.join(close)}" if close else "python -c 'import timm; print(timm.list_models())'"
+
+
+def _checkpoint_identity(checkpoint: str) -> str:
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise InputError(f"no checkpoint file {checkpoint!r}; give a .safetensors or .pth file")
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise InputError(f"checkpoint {checkpoint!r} ends in none of {', '.join(sorted(CHECKPOINT_SUFFIXES))}")
+    return content_hash(path)
+
+
+def content_hash(path: Path) -> str:
+    """`sha256:` and the hash of a file's bytes; about a second a gigabyte."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _pretrained_identity(model_name: str, cfg: dict[str, Any]) -> str:
+    from timm.models._builder import _resolve_pretrained_source
+
+    source, location = _resolve_pretrained_source(cfg)
+    if not source:
+        raise InputError(f"timm has no pretrained weights for {model_name!r}; {WAYS_OUT}")
+    if source == "local-dir":
+        files = sorted(p for p in Path(location).iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
+        if not files:
+            raise InputError(f"{model_name}: no weights in the folder; save a model.safetensors there")
+        return "+".join(content_hash(path) for path in files)
+    try:
+        return _hub_identity(location) if source == "hf-hub" else _url_identity(location)
+    except Exception as error:  # the hub's client raises a dozen kinds; all mean that the weights are not to be had
+        raise InputError(
+            f"the weights of {model_name!r} are not on this machine and cannot be downloaded "
+            f"({_first_line(error)}); {WAYS_OUT}"
+        ) from error
+
+
+def _hub_identity(location: Any) -> str:
+    """The hub's etag of the weights file, which is its sha256; the file is in the local cache afterwards."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
+
+    hub_id, name = location if isinstance(location, tuple) else (location, HF_WEIGHTS_NAME)
+    repo, revision = hf_split(hub_id)
+    candidates = [name] if name.endswith(".safetensors") else [*_get_safe_alternatives(name), name]
+    for candidate in candidates:
+        try:
+            path = hf_hub_download(repo, candidate, revision=revision)
+        except EntryNotFoundError:
+            if candidate == candidates[-1]:
+                raise
+            continue
+        return f"{candidate}:{Path(path).resolve().name}"
+    raise AssertionError("unreachable: the last candidate returns or raises")
+
+
+def _url_identity(url: str) -> str:
+    from timm.models._hub import download_cached_file
+
+    return content_hash(Path(download_cached_file(url, progress=False)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

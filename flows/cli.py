@@ -1,0 +1,118 @@
+"""The command line. Exit status 0: every sample is accounted for; 1: some shards failed; 2: the call is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+from rich.console import Console
+
+from embedders.errors import InputError
+from flows.config import EmbedConfig
+
+QUARANTINE_SHOWN = 20
+
+app = App(
+    name="python -m flows.embed",
+    help="Give every image of a WebDataset an embedding, as a new column of its metadata.",
+    help_format="plaintext",
+    version_flags=[],
+)
+
+Flag = Annotated[bool, Parameter(negative=())]
+
+
+@app.default
+def embed_command(
+    config: Annotated[EmbedConfig, Parameter(name="*")],
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    quiet: Flag = False,
+    verbose: Flag = False,
+) -> int:
+    """Embed a dataset, doing only what is missing.
+
+    Parameters
+    ----------
+    json_
+        Print the manifest on standard output and nothing else there.
+    quiet
+        Say nothing on the way.
+    verbose
+        Let Prefect and Dask speak too.
+    """
+    if not verbose:
+        _hush()
+    from flows.embed import run
+    from flows.progress import Silent, Terminal
+
+    manifest = run(config, None, Silent() if quiet else Terminal())
+    if json_:
+        print(json.dumps(manifest.model_dump(mode="json")))
+    elif not quiet:
+        _tell(manifest)
+    for shard, why in manifest.failures.items():
+        print(f"failed: {shard}: {why}", file=sys.stderr)
+    if manifest.shards_failed:
+        print(f"{manifest.shards_failed} shards failed; the same command again does only those", file=sys.stderr)
+    return 1 if manifest.shards_failed else 0
+
+
+def _hush() -> None:
+    """Keep Prefect's and Dask's own words away; what matters to the user is said here."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
+
+
+def _tell(manifest: Any) -> None:
+    """The account, for a person."""
+    from tasks.report import read_quarantine
+    from tasks.storage import Folder
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.quarantined_by_reason.items())
+    console.print(
+        f"{manifest.samples} samples = {manifest.embedded} embedded + {manifest.quarantined} quarantined"
+        + (f" ({reasons})" if reasons else "")
+    )
+    for row in read_quarantine(Folder(manifest.output), QUARANTINE_SHOWN):
+        console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
+    if manifest.rows_without_embedding or manifest.embeddings_without_row:
+        console.print(
+            f"{manifest.rows_without_embedding} metadata rows have no embedding, "
+            f"{manifest.embeddings_without_row} embeddings have no metadata row"
+        )
+    console.print(
+        f"{manifest.shards} shards, {manifest.shards_cached} of them done before; "
+        f"{manifest.dimensions} dimensions; {manifest.seconds:.1f} s"
+    )
+    console.print(f"dataset:    {manifest.output}/metadata/*.parquet")
+    console.print(f"quarantine: {manifest.output}/quarantine/*.parquet")
+    console.print(f"account:    {manifest.output}/manifest.json")
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process."""
+    try:
+        status = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError, ValidationError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+def _one_line(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ValidationError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        wrong = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in cause.errors()))
+        return f"{option}: give {wrong}, not {first['input']!r}"
+    return " ".join(str(error).split())

@@ -1,0 +1,107 @@
+"""The parameters of a run as one value: the command line's options and the Prefect form are made from it."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from embedders import ImageEmbedder
+from embedders.errors import InputError
+from tasks.plan import MergeOptions
+
+
+class OnError(enum.StrEnum):
+    """What becomes of a metadata row whose image cannot be embedded."""
+
+    QUARANTINE = "quarantine"
+    """It is left out of the dataset and listed in quarantine."""
+    NULL = "null"
+    """It stays, with a null in place of its vector, and is listed in quarantine."""
+    RAISE = "raise"
+    """Its whole shard fails."""
+
+
+class EmbedConfig(BaseModel):
+    """One run over one dataset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str = Field(description="Folder or fsspec URL with the .tar shards and their metadata .parquet.")
+    output: str = Field(description="Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.")
+    model_name: str = Field(
+        "vit_large_patch14_clip_quickgelu_224.openai",
+        description="timm model name with or without a tag, hf-hub:ORG/NAME or local-dir:FOLDER.",
+    )
+    checkpoint: str | None = Field(None, description="Weights file, .safetensors or .pth, instead of the tag's own.")
+    pretrained: bool = Field(True, description="Load trained weights; without, random ones from a fixed seed.")
+    id_col: str = Field("key", description="The id's column in the metadata and field in the samples' json.")
+    image_embedding_column: str = Field("image_embedding", description="Name of the new column.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images a batch.")
+    num_threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Threads that decode in each worker; by default its share of the cores."
+    )
+    normalize_embeddings: bool = Field(True, description="Scale each vector to length 1.")
+    autocast: bool = Field(True, description="float16 weights and arithmetic on a GPU; without, float32.")
+    use_index_files: bool = Field(True, description="Keep the shards' indexes in the output and use them again.")
+    embedder: str | None = Field(None, description="A custom embedder as module:Class, instead of timm.")
+    loader: Literal["auto", "dali", "reference"] = Field(
+        "auto", description="Who decodes: DALI, or Pillow with timm's own transform."
+    )
+    decode: Literal["auto", "exact", "fast"] = Field(
+        "auto", description="JPEG decoding: exact is Pillow's pixels, fast is the GPU's decoder."
+    )
+    on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
+    scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
+    workers: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Worker processes; by default one a GPU, or one for every four cores."
+    )
+    device: Literal["auto", "gpu", "cpu"] = Field("auto", description="Where models run.")
+    overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
+
+    def merge_options(self) -> MergeOptions:
+        """How embeddings join the metadata."""
+        return MergeOptions(self.id_col, self.image_embedding_column, self.on_error is OnError.NULL)
+
+    def build_embedder(self) -> ImageEmbedder:
+        """The embedder that these parameters describe.
+
+        :raises InputError: a custom embedder that cannot be imported or is none.
+        """
+        if self.embedder is not None:
+            return load_embedder(self.embedder)
+        from embedders import TimmImageEmbedder
+
+        return TimmImageEmbedder(
+            self.model_name,
+            pretrained=self.pretrained,
+            batch_size=self.batch_size,
+            num_threads_per_worker=self.num_threads_per_worker,
+            image_embedding_column=self.image_embedding_column,
+            normalize_embeddings=self.normalize_embeddings,
+            autocast=self.autocast,
+            use_index_files=self.use_index_files,
+            checkpoint=self.checkpoint,
+            loader=self.loader,
+            decode=self.decode,
+        )
+
+
+def load_embedder(name: str) -> ImageEmbedder:
+    """Make a custom embedder from `module:Class`, whose class takes no arguments.
+
+    :raises InputError: no such module or class, or not an ImageEmbedder.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise InputError(f"--embedder {name!r}: give it as module:Class")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--embedder {name!r}: {error}") from error
+    made = kind() if isinstance(kind, type) else kind
+    if not isinstance(made, ImageEmbedder):
+        raise InputError(f"--embedder {name!r} is no ImageEmbedder; derive it from embedders.ImageEmbedder")
+    return made

@@ -1,0 +1,230 @@
+"""The flow: plan, index, embed, merge, report. And `python -m flows.embed`, its command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import flow
+from prefect.futures import as_completed
+
+from embedders.base import ImageEmbedder
+from embedders.errors import InputError, MalformedShard
+from flows.config import EmbedConfig, OnError
+from flows.progress import Progress, Silent
+from flows.server import has_server, prefect_server
+from tasks.cluster import choose_device, choose_workers, task_runner
+from tasks.embed import EmbedOptions, embed_shards
+from tasks.failures import ShardFailure, ShardsFailed
+from tasks.index import check_metadata, index_shards, open_local
+from tasks.merge import SHARDS_A_TASK as SHARDS_A_MERGE
+from tasks.merge import merge_shards
+from tasks.plan import Plan, group_shards, make_plan
+from tasks.report import Manifest, account, write_manifest
+from tasks.shards import Shard, digest, find_shards
+
+CHECKED_TARS = 8
+CHECKED_METADATA = 64
+
+
+class RunFailed(Exception):
+    """Some shards failed after their retries; `manifest` names them. All others are done."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(f"{manifest.shards_failed} of {manifest.shards} shards failed; run the same again to finish them")
+        self.manifest = manifest
+
+
+def embed_dataset(
+    dataset: str,
+    output: str,
+    embedder: ImageEmbedder | None = None,
+    *,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> Manifest:
+    """Embed every image of a dataset, doing only what is missing.
+
+    :param dataset: folder or fsspec URL with the shards.
+    :param output: folder or fsspec URL for what is made.
+    :param embedder: by default a TimmImageEmbedder with the parameters given.
+    :param progress: is told what happens; silent by default.
+    :param parameters: the other fields of `flows.config.EmbedConfig`.
+    :return: the account. `shards_failed` is 0 unless some shards failed after their retries.
+    :raises InputError: the call or its input is wrong; nothing is written then.
+    """
+    config = EmbedConfig(dataset=str(dataset), output=str(output), **parameters)
+    return run(config, embedder, progress or Silent())
+
+
+def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
+    """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run."""
+    started = time.monotonic()
+    work = prepare(config, embedder)
+    if not work.anything and not has_server():
+        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, time.monotonic() - started, 0)
+        write_manifest(manifest)
+        progress.found(work.plan)
+        return manifest
+    token = _prepared.set((work, progress))
+    try:
+        with prefect_server():
+            return embed.with_options(flow_run_name=run_name(config, work))(config)
+    except RunFailed as failed:
+        return failed.manifest
+    finally:
+        _prepared.reset(token)
+
+
+def run_name(config: EmbedConfig, work: Work) -> str:
+    """ "embed demo-data with tf_efficientnet_lite0" """
+    model = str(work.fingerprint.get("model") or work.fingerprint.get("embedder"))
+    name = f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
+    return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run starts from."""
+
+    embedder: ImageEmbedder
+    fingerprint: dict[str, Any]
+    device: str
+    plan: Plan
+
+    @property
+    def anything(self) -> bool:
+        """Whether a shard is left to embed or to merge."""
+        return bool(self.plan.to_embed or self.plan.to_merge)
+
+
+def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
+    """Everything that can be found wrong before anything is started or written.
+
+    :raises InputError: says what is wrong and what to do.
+    """
+    shards = find_shards(config.dataset, config.output)
+    device = "auto" if config.scheduler else choose_device(config.device)
+    embedder = embedder if embedder is not None else config.build_embedder()
+    embedder.check()
+    fingerprint = embedder.fingerprint()
+    plan = make_plan(shards, digest(fingerprint), _merge_options(config, embedder), overwrite=config.overwrite)
+    _check_inputs(plan.to_embed, config)
+    return Work(embedder, fingerprint, device, plan)
+
+
+def _merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> Any:
+    return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
+
+
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig) -> None:
+    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones."""
+    for number, shard in enumerate(shards[:CHECKED_METADATA]):
+        ids = None
+        if number < CHECKED_TARS and shard.source.is_local:
+            try:
+                ids = open_local(shard, shard.source.path(shard.tar), config.id_col, keep=False).ids
+            except (MalformedShard, OSError):
+                continue  # damage is the shard's own fault: it fails by name and the others go on
+        check_metadata(shard, config.id_col, ids)
+
+
+_prepared: ContextVar[tuple[Work, Progress] | None] = ContextVar("prepared", default=None)
+"""What `run` has found before it starts the flow: an embedder object is no parameter that Prefect could store."""
+
+
+@flow(name="embed")
+def embed(config: EmbedConfig) -> Manifest:
+    """Give every image of a dataset an embedding.
+
+    :raises RunFailed: some shards failed after their retries; a second run does only those.
+    """
+    started = time.monotonic()
+    work, progress = _prepared.get() or (prepare(config, None), Silent())
+    progress.found(work.plan)
+    workers = choose_workers(work.device, config.workers, len(work.plan.to_embed) or len(work.plan.to_merge))
+    failures: dict[str, ShardFailure] = {}
+    plan = work.plan
+    if work.anything:
+        with task_runner(work.device, workers, config.scheduler) as runner, progress:
+            _embed_all(runner, work, config, workers, progress, failures)
+            plan = _plan_again(work, config)
+            _merge_all(runner, plan, work, config, failures)
+        plan = _plan_again(work, config)
+    fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
+    cached = len(work.plan.embedded)
+    manifest = account(plan, cached, list(failures.values()), work.fingerprint, time.monotonic() - started, fresh)
+    write_manifest(manifest)
+    if manifest.shards_failed:
+        raise RunFailed(manifest)
+    return manifest
+
+
+def _plan_again(work: Work, config: EmbedConfig) -> Plan:
+    """What the output holds now: the files are the record, whatever the tasks said."""
+    options = _merge_options(config, work.embedder)
+    return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True)
+
+
+def _embed_all(
+    runner: Any, work: Work, config: EmbedConfig, workers: int, progress: Progress, failures: dict[str, ShardFailure]
+) -> None:
+    """Index and embed every missing shard; a group is embedded as soon as it is indexed."""
+    options = EmbedOptions(config.id_col, work.device, config.on_error is OnError.RAISE)
+    futures = []
+    for group in group_shards(work.plan.to_embed, workers):
+        indexed = []
+        if work.embedder.use_index_files and group[0].source.is_local:
+            parameters = {"shards": group, "id_col": config.id_col, "span": span(group)}
+            indexed = [runner.submit(index_shards, parameters=parameters)]
+        parameters = {"shards": group, "embedder": work.embedder, "options": options, "span": span(group)}
+        futures.append(runner.submit(embed_shards, parameters=parameters, wait_for=indexed))
+    for records in _drain(futures, failures):
+        progress.embedded(records)
+
+
+def _merge_all(
+    runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]
+) -> None:
+    """Join every embedded shard whose merged file is missing or old."""
+    options = _merge_options(config, work.embedder)
+    backend = "cudf" if work.device == "cuda" else "pandas"
+    futures = []
+    for start in range(0, len(plan.to_merge), SHARDS_A_MERGE):
+        group = plan.to_merge[start : start + SHARDS_A_MERGE]
+        parameters = {"shards": group, "options": options, "backend": backend, "span": span(group)}
+        futures.append(runner.submit(merge_shards, parameters=parameters))
+    for _ in _drain(futures, failures):
+        pass
+
+
+def _drain(futures: list[Any], failures: dict[str, ShardFailure]) -> Iterator[Any]:
+    """The results of futures as they finish. A failed one is noted and stops none of the others."""
+    for future in as_completed(futures):
+        error: BaseException | None = None
+        try:
+            result = future.result()
+        except Exception as raised:
+            error = raised
+        future.wrapped_future.release()  # a result held on a worker that dies would be computed again
+        if error is None:
+            yield result
+        elif isinstance(error, ShardsFailed):
+            failures.update({failure.shard: failure for failure in error.failures})
+        else:
+            failures[f"task {future.task_run_id}"] = ShardFailure.of(f"task {future.task_run_id}", error)
+
+
+def span(shards: Sequence[Shard]) -> str:
+    """A group of shards as a person says it: "00012" or "00012–00019"."""
+    first, last = shards[0].name, shards[-1].name
+    return first if first == last else f"{first}\N{EN DASH}{last}"
+
+
+if __name__ == "__main__":
+    from flows.cli import main
+
+    main()

@@ -1,0 +1,103 @@
+"""Where tasks run: one worker a GPU, processes on the CPU, or a Dask cluster that is there already."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from embedders.errors import InputError
+
+if TYPE_CHECKING:
+    from prefect_dask import DaskTaskRunner
+
+LOOPBACK = "127.0.0.1"
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, without opening a CUDA context."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        installed = int(pynvml.nvmlDeviceGetCount())
+    except Exception:  # no NVML, or no driver behind it: either way there is no GPU to use
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return installed if visible is None else len([v for v in visible.split(",") if v.strip() not in {"", "-1"}])
+
+
+def available_cores() -> int:
+    """Processor cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def choose_device(device: str) -> str:
+    """ "auto", "gpu" or "cpu" as "cuda" or "cpu".
+
+    :raises InputError: a GPU is asked for and there is none, or the packages to use it are missing.
+    """
+    gpus = 0 if device == "cpu" else count_gpus()
+    if device == "gpu" and not gpus:
+        raise InputError("no GPU is visible here; give --device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if not gpus:
+        return "cpu"
+    try:
+        import dask_cuda  # noqa: F401
+    except ImportError as error:
+        raise InputError("dask-cuda is missing: pip install 'shard-embed[gpu]', or give --device cpu") from error
+    return "cuda"
+
+
+def choose_workers(device: str, workers: int | None, shards: int) -> int:
+    """How many worker processes: one a GPU; on the CPU one for every four cores, never more than shards."""
+    default = count_gpus() if device == "cuda" else max(1, available_cores() // 4)
+    return max(1, min(workers or default, shards))
+
+
+def task_runner(device: str, workers: int, scheduler: str | None) -> DaskTaskRunner:
+    """Prefect's task runner on the cluster that fits.
+
+    :param scheduler: the address of a Dask scheduler, which is then used instead of a cluster of our own.
+    """
+    from prefect_dask import DaskTaskRunner
+
+    if scheduler is not None:
+        return DaskTaskRunner(address=scheduler)
+    if device == "cuda":
+        return DaskTaskRunner(cluster_class="dask_cuda.LocalCUDACluster", cluster_kwargs=_gpu_cluster(workers))
+    return DaskTaskRunner(cluster_class="distributed.LocalCluster", cluster_kwargs=_cpu_cluster(workers))
+
+
+def _gpu_cluster(workers: int) -> dict[str, Any]:
+    """torch, DALI and cuDF each allocate GPU memory for themselves, so no pool and no spilling is set up here."""
+    return {
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "protocol": "tcp",
+        "device_memory_limit": 0,
+        "memory_limit": 0,
+        "rmm_pool_size": None,
+        "host": LOOPBACK,
+        "dashboard_address": f"{LOOPBACK}:0",
+        "silence_logs": "error",
+        "env": _threads(max(1, available_cores() // workers)),
+    }
+
+
+def _cpu_cluster(workers: int) -> dict[str, Any]:
+    """No memory limit: a mapped tar counts as a worker's memory though the system can drop it at any time."""
+    return {
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "processes": True,
+        "memory_limit": 0,
+        "host": LOOPBACK,
+        "dashboard_address": f"{LOOPBACK}:0",
+        "silence_logs": 40,
+        "env": _threads(max(1, available_cores() // workers)) | {"CUDA_VISIBLE_DEVICES": ""},
+    }
+
+
+def _threads(count: int) -> dict[str, str]:
+    """Dask sets these to 1; a worker here is the only one to use its share of the cores."""
+    return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}

@@ -1,0 +1,250 @@
+"""The second stage: a group of shards in, one embeddings file a shard out. The file is the record that it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from embedders.base import ImageEmbedder
+from embedders.engine import EmbeddedShard, Engine, QuarantinedSample
+from embedders.errors import MalformedShard
+from embedders.webdataset import OpenShard
+from tasks.failures import ShardFailure, ShardsFailed, retry_if_it_can_pass
+from tasks.index import check_metadata, open_local
+from tasks.shards import EmbeddingRecord, Shard, digest, embedding_key, read_embedding_record, with_record
+
+T = TypeVar("T")
+ROWS_A_GROUP = 8192
+"""Rows of a Parquet row group: at 768 float32 a group is 25 MB."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What an embedding task needs beside shards and embedder. `device` is "cuda", "cpu" or "auto"."""
+
+    id_col: str
+    device: str = "auto"
+    raise_on_bad_image: bool = False
+
+
+_engines: dict[str, Engine] = {}
+_one_at_a_time = threading.Lock()
+
+
+def worker_engine(embedder: ImageEmbedder, device: str) -> Engine:
+    """This process's engine for an embedder: made once, kept until another one is asked for."""
+    public = {k: repr(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
+    name = digest([embedder.fingerprint(), public, device])
+    if name not in _engines:
+        _engines.clear()  # a worker's memory has room for one model
+        _engines[name] = Engine(embedder, device)
+    return _engines[name]
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" as what this process has."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def embed_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions) -> list[EmbeddingRecord]:
+    """Embed every shard of a group that is not done yet and write its files.
+
+    :raises ShardsFailed: some shards failed; all others are written.
+    """
+    with _one_at_a_time:
+        run = _GroupRun(embedder, options)
+        run.go(shards)
+    if run.failures:
+        raise ShardsFailed(list(run.failures.values()))
+    return run.records
+
+
+class _GroupRun:
+    """One pass over a group: shards are opened one ahead, embedded as one stream, and written by another thread."""
+
+    def __init__(self, embedder: ImageEmbedder, options: EmbedOptions) -> None:
+        self.embedder = embedder
+        self.options = options
+        self.digest = digest(embedder.fingerprint())
+        self.records: list[EmbeddingRecord] = []
+        self.failures: dict[str, ShardFailure] = {}
+        self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
+
+    def go(self, shards: Sequence[Shard]) -> None:
+        with ThreadPoolExecutor(1, "write") as writer:
+            writes: list[Future[None]] = []
+            try:
+                engine = worker_engine(self.embedder, resolve_device(self.options.device))
+                for embedded in engine.embed(read_ahead(self._opened(shards))):
+                    writes.append(writer.submit(self._write, embedded))
+                    if len(writes) > 2:  # do not run ahead of the disk
+                        writes.pop(0).result()
+            except Exception as error:  # whatever it is, it fails these shards and no others
+                _engines.clear()
+                unfinished = error
+            else:
+                unfinished = None
+            for write in writes:
+                write.result()
+        if unfinished is not None:
+            self._fail_the_rest(shards, unfinished)
+
+    def _opened(self, shards: Sequence[Shard]) -> Iterator[OpenShard]:
+        for shard in shards:
+            key = embedding_key(shard, self.digest, self.options.id_col)
+            done = read_embedding_record(shard.target, shard.embeddings_file)
+            if done is not None and done.key == key:  # a retry: an earlier try got this far
+                self.records.append(done)
+                continue
+            stack = contextlib.ExitStack()
+            try:
+                path = stack.enter_context(shard.source.local_copy(shard.tar))
+                opened = open_local(shard, path, self.options.id_col, keep=self.embedder.use_index_files)
+                check_metadata(shard, self.options.id_col, opened.ids)
+            except Exception as error:
+                stack.close()
+                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+                continue
+            self._open[path] = shard, stack
+            yield opened
+
+    def _write(self, embedded: EmbeddedShard) -> None:
+        shard, stack = self._open.pop(embedded.shard.path)
+        with stack:
+            try:
+                if self.options.raise_on_bad_image and embedded.quarantined:
+                    first = embedded.quarantined[0]
+                    raise MalformedShard(
+                        f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
+                    )
+                self.records.append(write_embeddings(shard, embedded, self.embedder, self.digest))
+            except Exception as error:
+                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+
+    def _fail_the_rest(self, shards: Sequence[Shard], error: Exception) -> None:
+        for _, stack in self._open.values():
+            stack.close()
+        keys = {record.key for record in self.records}
+        for shard in shards:
+            if shard.name not in self.failures and embedding_key(shard, self.digest, self.options.id_col) not in keys:
+                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+
+
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made by another thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "open") as pool:
+        coming: Future[Any] = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item
+
+
+def write_embeddings(shard: Shard, embedded: EmbeddedShard, embedder: ImageEmbedder, fingerprint: str) -> EmbeddingRecord:
+    """Write a shard's quarantine and then, as the record that it is done, its embeddings.
+
+    :raises MalformedShard: the account does not balance; nothing is written then.
+    """
+    record = EmbeddingRecord(
+        key=embedding_key(shard, fingerprint, embedded.shard.id_col),
+        embedder=fingerprint,
+        samples=embedded.samples,
+        embedded=len(embedded.ids),
+        quarantined=dict(Counter(sample.reason for sample in embedded.quarantined)),
+        dimensions=embedded.vectors.shape[1],
+        versions=versions(),
+    )
+    if not record.balanced:
+        raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")
+    if embedded.quarantined:
+        table = quarantine_table(embedded.quarantined)
+        shard.target.write(shard.quarantine_file, lambda path: pq.write_table(table, path, compression="zstd"))
+    else:
+        shard.target.remove(shard.quarantine_file)
+    column = embedder.image_embedding_column
+    table = pa.table({"id": pa.array(embedded.ids, pa.string()), column: vector_array(embedded.vectors)})
+    table = table.cast(with_record(table.schema, record))
+    shard.target.write(shard.embeddings_file, lambda path: write_vectors(table, path, column))
+    return record
+
+
+def vector_array(vectors: np.ndarray) -> pa.Array:
+    """(n, dimensions) float32 as a list<float32> array over the same memory."""
+    count, dimensions = vectors.shape
+    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    kind = pa.list_(pa.field("element", pa.float32(), nullable=False))
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * dimensions)
+    return pa.ListArray.from_arrays(offsets, values, type=kind)
+
+
+def write_vectors(table: pa.Table, path: str, column: str) -> None:
+    """Write a table whose `column` holds vectors: floats do not compress and need no dictionary or statistics."""
+    leaf = next(name for name in _leaves(table.schema) if name.split(".")[0] == column)
+    others = [name for name in _leaves(table.schema) if name != leaf]
+    pq.write_table(
+        table,
+        path,
+        row_group_size=ROWS_A_GROUP,
+        compression={leaf: "none", **dict.fromkeys(others, "zstd")},
+        use_dictionary=others or False,
+        write_statistics=others or False,
+        write_page_checksum=True,
+    )
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The Parquet column paths of a schema."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [parquet.column(i).path for i in range(len(parquet))]
+
+
+def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:
+    """id, member, reason, detail: what could not be embedded."""
+    names = QuarantinedSample._fields
+    return pa.table({name: pa.array([getattr(s, name) for s in samples], pa.string()) for name in names})
+
+
+def versions() -> dict[str, str]:
+    """The versions of what makes the vectors."""
+    names = ("torch", "timm", "nvidia-dali-cuda120", "pillow", "pyarrow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@task(
+    name="shard-embedding",
+    task_run_name="embed {span}",
+    retries=3,
+    retry_delay_seconds=exponential_backoff(backoff_factor=1),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=retry_if_it_can_pass,
+    cache_policy=NO_CACHE,  # the embeddings file is the cache: a record that can be gone is none
+)
+def embed_shards(
+    shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
+) -> list[EmbeddingRecord]:
+    """Embed a group of shards; see `embed_group`."""
+    return embed_group(shards, embedder, options)

@@ -1,0 +1,49 @@
+"""Which shards failed and why, and whether trying again can help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PERMANENT_IO = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+@dataclass(frozen=True)
+class ShardFailure:
+    """A shard that could not be done, with one line that says why."""
+
+    shard: str
+    error: str
+    transient: bool
+
+    @classmethod
+    def of(cls, shard: str, error: BaseException) -> ShardFailure:
+        """The failure that an exception stands for."""
+        text = " ".join(str(error).split())
+        kind = type(error).__name__
+        return cls(shard, text if text and kind in {"InputError", "MalformedShard"} else f"{kind}: {text}", passes(error))
+
+
+class ShardsFailed(Exception):
+    """Raised once a group of shards is through, when some of them failed."""
+
+    def __init__(self, failures: Sequence[ShardFailure]) -> None:
+        super().__init__(failures)
+        self.failures = tuple(failures)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{failure.shard}: {failure.error}" for failure in self.failures)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether what raised this may succeed when tried again: I/O and memory, not malformed data."""
+    if isinstance(error, OSError | MemoryError):
+        return not isinstance(error, PERMANENT_IO)
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, not imported for a name
+
+
+def retry_if_it_can_pass(task: Any, task_run: Any, state: Any) -> bool:
+    """Prefect's retry condition: some shard of the group failed for a reason that passes."""
+    error = state.result(raise_on_failure=False)
+    return any(f.transient for f in error.failures) if isinstance(error, ShardsFailed) else passes(error)

@@ -1,0 +1,94 @@
+"""The first stage: where each sample of a shard lies, and whether its metadata belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from embedders.errors import InputError, MalformedShard
+from embedders.webdataset import OpenShard, TarIndex, canonical_id, format_index, map_tar, open_shard, parse_index, read_tar
+from tasks.failures import retry_if_it_can_pass
+from tasks.shards import Shard
+
+
+def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
+    """The index of a shard's tar: the one kept in the output if it is this tar's, else made from the tar's headers.
+
+    :param path: the tar on the local disk.
+    :param keep: whether indexes are kept in the output.
+    :raises MalformedShard: the tar is damaged.
+    """
+    kept = shard.target.read_text(shard.index_file) if keep else None
+    index = parse_index(kept, shard.tar_fingerprint) if kept is not None else None
+    if index is None:
+        index = read_tar(map_tar(path), shard.tar)
+        if keep:
+            shard.target.write_text(shard.index_file, format_index(index, shard.tar_fingerprint))
+    return index
+
+
+def open_local(shard: Shard, path: str, id_col: str, *, keep: bool) -> OpenShard:
+    """Map a shard's local tar with its index and ids."""
+    return open_shard(path, id_col, index_tar(shard, path, keep=keep))
+
+
+def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) -> None:
+    """Prove that the metadata Parquet can be joined with the shard's samples by id.
+
+    :param ids: the samples' ids, where the tar was looked at.
+    :raises InputError: it does not open, lacks the id column, repeats an id, or has no id of the shard's samples.
+    """
+    if shard.metadata is None:
+        return
+    where = f"{shard.dataset}/{shard.metadata}"
+    try:
+        with shard.source.open(shard.metadata) as file:
+            parquet = pq.ParquetFile(file)
+            if id_col not in parquet.schema_arrow.names:
+                columns = ", ".join(parquet.schema_arrow.names)
+                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
+            column = parquet.read([id_col]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it") from error
+    seen: set[str] = set()
+    for row, value in enumerate(column.to_pylist()):
+        text = canonical_id(value)
+        if text in seen:
+            raise InputError(f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard")
+        seen.add(text)
+    if ids and seen and seen.isdisjoint(ids):
+        raise InputError(
+            f"{where}: none of its ids is a sample's: column {id_col!r} has {sorted(seen)[0]!r}, "
+            f"the tar has {ids[0]!r}; give the right --id-col, or the Parquet that belongs to the tar"
+        )
+
+
+@task(
+    name="index-generation",
+    task_run_name="index {span}",
+    retries=3,
+    retry_delay_seconds=exponential_backoff(backoff_factor=1),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=retry_if_it_can_pass,
+    cache_policy=NO_CACHE,  # the index file is the cache
+)
+def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:
+    """Index local shards and check their metadata; the number of samples found.
+
+    A shard that cannot be indexed is only logged here: its embedding meets the same error and reports it, and the
+    shards beside it must not wait for a task that failed.
+    """
+    samples = 0
+    for shard in shards:
+        try:
+            ids = open_local(shard, shard.source.path(shard.tar), id_col, keep=True).ids
+            check_metadata(shard, id_col, ids)
+            samples += len(ids)
+        except (InputError, MalformedShard) as error:
+            get_run_logger().warning("%s: %s", shard.name, error)
+    return samples

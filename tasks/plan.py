@@ -1,0 +1,107 @@
+"""What is left to do: read the footers of what is there, and name what is missing. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedders.errors import InputError
+from tasks.shards import (
+    EmbeddingRecord,
+    MergeRecord,
+    Shard,
+    embedding_key,
+    merge_key,
+    read_embedding_record,
+    read_merge_record,
+)
+from tasks.storage import Folder, in_bulk
+
+MAX_TASKS = 400
+SHARDS_A_TASK = 32
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How embeddings and metadata are joined. `null_rows` keeps rows without an embedding, with a null in its place."""
+
+    id_col: str
+    column: str
+    null_rows: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON, for the key."""
+        return {"id_col": self.id_col, "column": self.column, "null_rows": self.null_rows}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every shard, with the record of each that is embedded and of each that is merged."""
+
+    shards: tuple[Shard, ...]
+    embedder: str
+    id_col: str
+    embedded: dict[str, EmbeddingRecord]
+    merged: dict[str, MergeRecord]
+
+    @property
+    def to_embed(self) -> list[Shard]:
+        """The shards without embeddings that belong to their tar and embedder."""
+        return [shard for shard in self.shards if shard.name not in self.embedded]
+
+    @property
+    def to_merge(self) -> list[Shard]:
+        """The embedded shards whose merged file is missing or older than its inputs."""
+        return [shard for shard in self.shards if shard.name in self.embedded and shard.name not in self.merged]
+
+    def embedding_key(self, shard: Shard) -> str:
+        """The key of the shard's embeddings."""
+        return embedding_key(shard, self.embedder, self.id_col)
+
+
+def make_plan(shards: Sequence[Shard], embedder: str, options: MergeOptions, *, overwrite: bool = False) -> Plan:
+    """Read what the output holds of these shards.
+
+    :param embedder: the digest of the embedder's fingerprint.
+    :raises InputError: the output was made with another embedder and `overwrite` is not set.
+    """
+    target = shards[0].target
+    quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(".parquet")}
+    embedded: dict[str, EmbeddingRecord] = {}
+    for shard, record in zip(shards, _records(shards, "embeddings", read_embedding_record), strict=True):
+        if record is None:
+            continue
+        if record.embedder != embedder and not overwrite:
+            raise InputError(
+                f"{target.url} holds embeddings of another model or setting (see its manifest.json); "
+                "give another --output, or --overwrite to replace them"
+            )
+        listed = not record.quarantined or f"{shard.name}.parquet" in quarantined
+        if record.key == embedding_key(shard, embedder, options.id_col) and listed:
+            embedded[shard.name] = record
+    merged: dict[str, MergeRecord] = {}
+    for shard, done in zip(shards, _records(shards, "metadata", read_merge_record), strict=True):
+        if done and shard.name in embedded:
+            if done.key == merge_key(shard, embedded[shard.name].key, options.as_dict()):
+                merged[shard.name] = done
+    return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
+
+
+def _records(shards: Sequence[Shard], kind: str, read: Any) -> list[Any]:
+    """The record of each shard's file of a kind, or None; one listing, then footers in bulk."""
+    target = shards[0].target
+    there = {file.name for file in Folder(f"{target.url.rstrip('/')}/{kind}").list(".parquet")}
+    folder = Folder(target.url)
+
+    def record(shard: Shard) -> Any:
+        return read(folder, f"{kind}/{shard.name}.parquet") if f"{shard.name}.parquet" in there else None
+
+    return in_bulk(record, shards)
+
+
+def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:
+    """Split shards into tasks: few enough for Prefect, many enough to keep every worker busy to the end."""
+    even = -(-len(shards) // (max(workers, 1) * 8))
+    size = max(1, min(even, SHARDS_A_TASK), -(-len(shards) // MAX_TASKS))
+    return [tuple(shards[i : i + size]) for i in range(0, len(shards), size)]

@@ -1,0 +1,91 @@
+"""The last stage: the account of a run, from the records the files carry."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+
+from tasks.failures import ShardFailure
+from tasks.plan import Plan
+from tasks.storage import Folder
+
+MANIFEST = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """What a run did and what the output holds. Counts are of samples unless they say shards."""
+
+    samples: int = Field(description="Samples in the shards that are done.")
+    embedded: int
+    quarantined: int
+    shards: int
+    shards_cached: int = Field(description="Shards that were done before this run.")
+    shards_failed: int
+    images_per_second: float = Field(description="Samples of this run by its whole time.")
+    seconds: float
+    dimensions: int
+    model: str
+    output: str
+    quarantined_by_reason: dict[str, int] = {}
+    rows: int = Field(0, description="Rows of the merged metadata.")
+    rows_without_embedding: int = 0
+    embeddings_without_row: int = 0
+    failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
+    embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
+    versions: dict[str, str] = {}
+
+
+def account(
+    plan: Plan, cached: int, failures: Sequence[ShardFailure], embedder: Mapping[str, Any], seconds: float, fresh: int
+) -> Manifest:
+    """The manifest of a plan read after the work.
+
+    :param cached: shards that were done before.
+    :param fresh: samples embedded or quarantined by this run.
+    """
+    records, merges = list(plan.embedded.values()), list(plan.merged.values())
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    return Manifest(
+        samples=sum(record.samples for record in records),
+        embedded=sum(record.embedded for record in records),
+        quarantined=reasons.total(),
+        shards=len(plan.shards),
+        shards_cached=cached,
+        shards_failed=len(plan.to_embed) + len(plan.to_merge),
+        images_per_second=round(fresh / seconds, 1) if seconds else 0.0,
+        seconds=round(seconds, 2),
+        dimensions=max((record.dimensions for record in records), default=0),
+        model=str(embedder.get("model", embedder.get("embedder", ""))),
+        output=plan.shards[0].output,
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        rows=sum(record.rows for record in merges),
+        rows_without_embedding=sum(record.rows_without_embedding for record in merges),
+        embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        failures={failure.shard: failure.error for failure in failures},
+        embedder=dict(embedder),
+        versions=records[0].versions if records else {},
+    )
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write manifest.json into the output, whole or not at all."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    Folder(manifest.output).write_text(MANIFEST, text)
+
+
+def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:
+    """The first quarantined samples of an output: shard, id, member, reason, detail."""
+    rows: list[dict[str, str]] = []
+    folder = Folder(f"{output.url.rstrip('/')}/quarantine")
+    for found in folder.list(".parquet"):
+        with folder.open(found.name) as file:
+            shard = found.name.removesuffix(".parquet")
+            rows += [{"shard": shard, **row} for row in pq.read_table(file).to_pylist()]
+        if len(rows) >= limit:
+            break
+    return rows[:limit]

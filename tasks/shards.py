@@ -1,0 +1,176 @@
+"""What a shard is: where its files lie, what identifies their content, and the record its output carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedders.errors import InputError
+from tasks.storage import Folder
+
+FORMAT = 1
+"""Version of what embeddings files hold; part of every key, so a change makes them again."""
+
+RECORD = b"shard_embed"
+"""The key under which a Parquet footer carries its record."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending."""
+
+    name: str
+    dataset: str
+    output: str
+    tar_bytes: int
+    tar_fingerprint: str
+    metadata_fingerprint: str | None
+
+    @property
+    def source(self) -> Folder:
+        """The dataset's folder."""
+        return Folder(self.dataset)
+
+    @property
+    def target(self) -> Folder:
+        """The output's folder."""
+        return Folder(self.output)
+
+    @property
+    def tar(self) -> str:
+        """The tar's name in the dataset."""
+        return f"{self.name}.tar"
+
+    @property
+    def metadata(self) -> str | None:
+        """The name of the Parquet beside the tar, in the dataset; None where there is none."""
+        return None if self.metadata_fingerprint is None else f"{self.name}.parquet"
+
+    @property
+    def index_file(self) -> str:
+        """DALI's index, in the output."""
+        return f"index/{self.name}.idx"
+
+    @property
+    def embeddings_file(self) -> str:
+        """Ids and vectors, in the output: the cache of the shard."""
+        return f"embeddings/{self.name}.parquet"
+
+    @property
+    def quarantine_file(self) -> str:
+        """What could not be embedded, in the output; there only if there is such a sample."""
+        return f"quarantine/{self.name}.parquet"
+
+    @property
+    def merged_file(self) -> str:
+        """The metadata joined with the embeddings, in the output."""
+        return f"metadata/{self.name}.parquet"
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """What the footer of an embeddings file says of it: which inputs it is made of, and the account of its samples."""
+
+    key: str
+    embedder: str
+    samples: int
+    embedded: int
+    quarantined: dict[str, int]
+    dimensions: int
+    decoder: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every sample is either embedded or quarantined."""
+        return self.samples == self.embedded + sum(self.quarantined.values())
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What the footer of a merged file says of it."""
+
+    key: str
+    rows: int
+    rows_without_embedding: int
+    embeddings_without_row: int
+
+
+def find_shards(dataset: str, output: str) -> list[Shard]:
+    """Every `.tar` below the dataset's folder, sorted by name.
+
+    :raises InputError: no such folder, or no tar in it.
+    """
+    folder = Folder(dataset)
+    if not folder.exists():
+        raise InputError(f"{dataset}: no such folder; give the folder that holds the .tar shards")
+    metadata = {file.name.removesuffix(".parquet"): file.fingerprint for file in folder.list(".parquet")}
+    shards = []
+    for file in folder.list(".tar"):
+        name = file.name.removesuffix(".tar")
+        shards.append(Shard(name, dataset, output, file.size, file.fingerprint, metadata.get(name)))
+    if not shards:
+        raise InputError(f"{dataset}: no .tar files; give the folder that holds the WebDataset shards")
+    return shards
+
+
+def digest(value: Any) -> str:
+    """32 hexadecimal digits that identify a plain JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def embedding_key(shard: Shard, embedder: str, id_col: str) -> str:
+    """What a shard's embeddings are a pure function of: the tar's content and the embedder's digest."""
+    return digest({"tar": shard.tar_fingerprint, "embedder": embedder, "id": id_col, "format": FORMAT})
+
+
+def merge_key(shard: Shard, embedding: str, options: dict[str, Any]) -> str:
+    """What a merged file is a pure function of: the embeddings, the metadata's content, how they are joined."""
+    return digest({"embeddings": embedding, "metadata": shard.metadata_fingerprint, "options": options, "format": FORMAT})
+
+
+def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord) -> pa.Schema:
+    """The schema with the record in its metadata, and so in the file's footer."""
+    return schema.with_metadata({**(schema.metadata or {}), RECORD: json.dumps(asdict(record)).encode()})
+
+
+def read_embedding_record(folder: Folder, name: str) -> EmbeddingRecord | None:
+    """The record of an embeddings file; None unless the footer opens and its counts agree with the file."""
+    found = _read_record(folder, name)
+    try:
+        record = EmbeddingRecord(**found[0]) if found else None
+    except TypeError:  # written by another version, or foreign
+        return None
+    return record if found and record and record.balanced and record.embedded == found[1] else None
+
+
+def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
+    """The record of a merged file; None unless the footer opens and its counts agree with the file."""
+    found = _read_record(folder, name)
+    try:
+        record = MergeRecord(**found[0]) if found else None
+    except TypeError:
+        return None
+    return record if found and record and record.rows == found[1] else None
+
+
+def _read_record(folder: Folder, name: str) -> tuple[dict[str, Any], int] | None:
+    """A footer's record and the file's row count."""
+    try:
+        with folder.open(name) as file:
+            footer = pq.read_metadata(file)
+    except (OSError, pa.ArrowException):
+        return None
+    text = (footer.metadata or {}).get(RECORD)
+    try:
+        value = json.loads(text) if text else None
+    except ValueError:
+        return None
+    return (value, footer.num_rows) if isinstance(value, dict) else None
+
