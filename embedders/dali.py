@@ -4,8 +4,8 @@ Building a pipeline with a GPU decoder takes 1.7 s, so there is one, fed batch b
 samples come from. Three things make its output timm's (mean pixel difference 0.003 of 255 for bicubic):
 
 - sizes and origins are computed beforehand from the image headers, with torchvision's rounding (`Preprocessing`);
-- the resize is Pillow's: a horizontal pass, rounded to 8 bits, then a vertical one. Each pass is given the region of
-  the crop only (`roi_start`, `roi_end`), which leaves the pixels as they are and saves a third of the work;
+- the resize is Pillow's: one pass an axis, rounded to 8 bits after each, in Pillow's order (`vertical_first`). Each
+  pass is given the region of the crop only, which leaves the pixels as they are and saves a third of the work;
 - what DALI's decoder does not do as Pillow does it is left to Pillow (`embedders.images.inspect`): those images go
   through the reference transform in threads, and become rows of the same batch.
 """
@@ -23,11 +23,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from embedders.images import MAX_PIXELS, inspect, is_rotated
-from embedders.loader import Encoded, LoadedBatch, Rejected
-from embedders.preprocess import Geometries, Interpolation, Preprocessing
+from embedders.loader import Encoded, LoadedBatch
+from embedders.preprocess import Interpolation, Preprocessing
 from embedders.reference import Reference, collect, to_device
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class Decode(enum.StrEnum):
 class Windows(NamedTuple):
     """What DALI is told about n images: arrays of shape (n, 2), (y, x) in pixels, float32 but for `origin`.
 
-    The first pass takes the window `start1` to `end1` of the image to `size1`, changing the width only. The second
-    takes `start2` to `end2` of that to `size2`, changing the height only. `origin` (int32) is where the crop begins in
-    the result: zero, or negative where there is padding.
+    The first pass takes the window `start1` to `end1` of the image to `size1`, the second takes `start2` to `end2` of
+    that to `size2`. Each changes the scale of one axis only. `origin` (int32) is where the crop begins in the result:
+    zero, or negative where there is padding.
     """
 
     start1: np.ndarray
@@ -68,25 +69,60 @@ class Windows(NamedTuple):
     origin: np.ndarray
 
 
-def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray, geometry: Geometries) -> Windows:
-    """The windows for n images of heights x widths (shape (n,)) whose geometry is known."""
-    top, bottom = _span(geometry.crop_top, preprocessing.height, geometry.resize_h)
-    left, right = _span(geometry.crop_left, preprocessing.width, geometry.resize_w)
-    scale_y, scale_x = heights / geometry.resize_h, widths / geometry.resize_w
-    # The rows that the second pass looks at, with two to spare; the first pass need not make the others.
-    reach = preprocessing.interpolation.support * np.maximum(scale_y, 1) + 2
-    first = np.maximum(np.floor(top * scale_y - reach), 0)
-    last = np.minimum(np.ceil(bottom * scale_y + reach), heights)
-    zero = np.zeros_like(first)
+class _Axis(NamedTuple):
+    """One axis of n images, arrays of shape (n,): the part that the crop shows, before and after the resize."""
+
+    start: np.ndarray
+    """Where it starts in the source, a fraction of a pixel included."""
+    end: np.ndarray
+    shown: np.ndarray
+    """Its size after the resize."""
+    first: np.ndarray
+    """The first row (or column) of the source that the filter touches for it."""
+    last: np.ndarray
+    """The row after the last one."""
+
+
+def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) -> Windows:
+    """The windows for n images of heights x widths (shape (n,))."""
+    resize_h, resize_w, crop_top, crop_left = preprocessing.geometries(heights, widths)
+    support = preprocessing.interpolation.support
+    y = _axis(heights, resize_h, crop_top, preprocessing.height, support)
+    x = _axis(widths, resize_w, crop_left, preprocessing.width, support)
+    zero = np.zeros_like(y.first)
+    upright = vertical_first(heights, widths, resize_h, resize_w)
+    # In its pass an axis goes from start..end to its final size. In the first pass the other axis is only cut, to
+    # what the second pass needs; in the second one the axis that is done stays as it is.
     return Windows(
-        start1=_pairs(first, left * scale_x),
-        end1=_pairs(last, right * scale_x),
-        size1=_pairs(last - first, right - left),
-        start2=_pairs(top * scale_y - first, zero),
-        end2=_pairs(bottom * scale_y - first, right - left),
-        size2=_pairs(bottom - top, right - left),
-        origin=_pairs(np.minimum(geometry.crop_top, 0), np.minimum(geometry.crop_left, 0), np.int32),
+        start1=_pairs(np.where(upright, y.start, y.first), np.where(upright, x.first, x.start)),
+        end1=_pairs(np.where(upright, y.end, y.last), np.where(upright, x.last, x.end)),
+        size1=_pairs(np.where(upright, y.shown, y.last - y.first), np.where(upright, x.last - x.first, x.shown)),
+        start2=_pairs(np.where(upright, zero, y.start - y.first), np.where(upright, x.start - x.first, zero)),
+        end2=_pairs(np.where(upright, y.shown, y.end - y.first), np.where(upright, x.end - x.first, x.shown)),
+        size2=_pairs(y.shown, x.shown),
+        origin=_pairs(np.minimum(crop_top, 0), np.minimum(crop_left, 0), np.int32),
     )
+
+
+def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray, resize_w: np.ndarray) -> np.ndarray:
+    """Whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
+
+    Up to Pillow 12 it never does. Pillow 13 does if the height shrinks much more than the width
+    (python-pillow/Pillow#9549). The order shows, because the result of the first pass is rounded to 8 bits.
+    """
+    if int(PIL.__version__.split(".")[0]) < 13:
+        return np.zeros(heights.shape, bool)
+    return (resize_h < heights) & (heights - resize_h > 2 * (widths - resize_w))
+
+
+def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, support: float) -> _Axis:
+    """One axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
+    low, high = np.maximum(origin, 0), np.minimum(origin + crop, resized)
+    scale = size / resized
+    reach = support * np.maximum(scale, 1) + 2  # two to spare
+    start, end = low * scale, high * scale
+    first, last = np.maximum(np.floor(start - reach), 0), np.minimum(np.ceil(end + reach), size)
+    return _Axis(start, end, high - low, first, last)
 
 
 @dataclass
@@ -200,11 +236,12 @@ class DaliLoader:
         then in the order of the stream that it was asked for on.
         """
         import torch
+        from torch.utils.dlpack import from_dlpack
 
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         (output,) = self._pipeline.share_outputs(cuda_stream=stream)
         self._pipeline.release_outputs()
-        return torch.from_dlpack(output.as_tensor())
+        return from_dlpack(output.as_tensor())
 
     def _recover(self, in_flight: deque[_Scheduled], error: RuntimeError) -> None:
         """Give every image that is in the pipeline to Pillow, and the pipeline up.
@@ -269,9 +306,8 @@ class DaliLoader:
         headers = [inspect(data) for data in images]
         heights = np.array([header.height for header in headers])
         widths = np.array([header.width for header in headers])
-        geometry = self._preprocessing.geometries(heights, widths)
         self._pipeline.feed_input("encoded", images)
-        for name, values in windows(self._preprocessing, heights, widths, geometry)._asdict().items():
+        for name, values in windows(self._preprocessing, heights, widths)._asdict().items():
             if name != "origin" or self._preprocessing.pads:
                 self._pipeline.feed_input(name, values)
 
@@ -285,9 +321,13 @@ def _pipeline(
     dtype: torch.dtype,
 ) -> Any:
     """Encoded bytes and `Windows` in; (channels, height, width) of `dtype`, normalised, on `device` out."""
+    import nvidia.dali.types as dali_types
     import torch
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
 
+    types: Any = dali_types  # its constants are made at run time
+    make_pipeline: Any = Pipeline  # its type stub lacks exec_dynamic
     on_gpu = device.type == "cuda"
     interpolation = getattr(types, _INTERPOLATION[preprocessing.interpolation])
 
@@ -305,19 +345,21 @@ def _pipeline(
             dtype=types.UINT8,
         )
 
-    @pipeline_def(
+    def decoded() -> Any:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        where = "mixed" if decode is Decode.FAST else "cpu"
+        images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False)
+        return images.gpu() if on_gpu and decode is Decode.EXACT else images
+
+    pipeline = make_pipeline(
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=0 if on_gpu else None,
         prefetch_queue_depth=DEPTH,
         exec_dynamic=True,
     )
-    def define() -> Any:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        where = "mixed" if decode is Decode.FAST else "cpu"
-        images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False)
-        if on_gpu and decode is Decode.EXACT:
-            images = images.gpu()
+    with pipeline:
+        images = decoded()
         if preprocessing.channels == 1:
             images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         images = resize(images, "size1", "start1", "end1")
@@ -331,15 +373,15 @@ def _pipeline(
                 out_of_bounds_policy="pad",
                 fill_values=preprocessing.fill,
             )
-        return fn.crop_mirror_normalize(
+        images = fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
             output_layout="CHW",
             mean=[255 * value for value in preprocessing.mean],
             std=[255 * value for value in preprocessing.std],
         )
-
-    return define()
+        pipeline.set_outputs(images)
+    return pipeline
 
 
 _INTERPOLATION = {
@@ -348,11 +390,6 @@ _INTERPOLATION = {
     Interpolation.LANCZOS: "INTERP_LANCZOS3",
 }
 """DALI's filters of Pillow's shapes: the cubic is Keys' with a = -0.5 in both."""
-
-
-def _span(origin: np.ndarray, crop: int, resized: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last-but-one row (or column) of the resized image that the crop shows."""
-    return np.maximum(origin, 0), np.minimum(origin + crop, resized)
 
 
 def _pairs(y: np.ndarray, x: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
@@ -368,5 +405,5 @@ def _tiny_jpeg() -> np.ndarray:
 def _cause(error: RuntimeError) -> str:
     """The line of DALI's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    after = [line for line in lines[lines.index("encountered:") + 1 :]] if "encountered:" in lines else lines
+    after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
     return after[0][:200] if after else type(error).__name__

@@ -213,7 +213,7 @@ class Preprocessing:
 
 def timm_transform(data_config: Mapping[str, Any]) -> Transform:
     """timm's own evaluation transform of a data config, whether or not it can be a `Preprocessing`."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     return create_transform(**data_config, is_training=False)
 
