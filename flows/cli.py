@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -63,10 +64,14 @@ def embed_command(
 
 
 def _hush() -> None:
-    """Keep Prefect's and Dask's own words away; what matters to the user is said here."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
+    """Keep Prefect's and Dask's own words off the terminal, here and in the workers; the UI still gets them."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    import distributed  # noqa: F401  # its import sets levels
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.CRITICAL)
 
 
 def _tell(manifest: Any) -> None:

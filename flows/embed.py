@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow
 from prefect.futures import as_completed
 
 from embedders.base import ImageEmbedder
-from embedders.errors import InputError, MalformedShard
 from flows.config import EmbedConfig, OnError
 from flows.progress import Progress, Silent
 from flows.server import has_server, prefect_server
-from tasks.cluster import choose_device, choose_workers, task_runner
+from flows.work import Work, handed_over, merge_options, prepare, received
+from tasks.cluster import choose_workers, task_runner
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
-from tasks.index import check_metadata, index_shards, open_local
+from tasks.index import index_shards
 from tasks.merge import SHARDS_A_TASK as SHARDS_A_MERGE
 from tasks.merge import merge_shards
 from tasks.plan import Plan, group_shards, make_plan
 from tasks.report import Manifest, account, write_manifest
-from tasks.shards import Shard, digest, find_shards
-
-CHECKED_TARS = 8
-CHECKED_METADATA = 64
+from tasks.shards import Shard
 
 
 class RunFailed(Exception):
@@ -69,14 +64,11 @@ def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress)
         write_manifest(manifest)
         progress.found(work.plan)
         return manifest
-    token = _prepared.set((work, progress))
     try:
-        with prefect_server():
+        with handed_over(work, progress), prefect_server():
             return embed.with_options(flow_run_name=run_name(config, work))(config)
     except RunFailed as failed:
         return failed.manifest
-    finally:
-        _prepared.reset(token)
 
 
 def run_name(config: EmbedConfig, work: Work) -> str:
@@ -86,56 +78,6 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a run starts from."""
-
-    embedder: ImageEmbedder
-    fingerprint: dict[str, Any]
-    device: str
-    plan: Plan
-
-    @property
-    def anything(self) -> bool:
-        """Whether a shard is left to embed or to merge."""
-        return bool(self.plan.to_embed or self.plan.to_merge)
-
-
-def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
-    """Everything that can be found wrong before anything is started or written.
-
-    :raises InputError: says what is wrong and what to do.
-    """
-    shards = find_shards(config.dataset, config.output)
-    device = "auto" if config.scheduler else choose_device(config.device)
-    embedder = embedder if embedder is not None else config.build_embedder()
-    embedder.check()
-    fingerprint = embedder.fingerprint()
-    plan = make_plan(shards, digest(fingerprint), _merge_options(config, embedder), overwrite=config.overwrite)
-    _check_inputs(plan.to_embed, config)
-    return Work(embedder, fingerprint, device, plan)
-
-
-def _merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> Any:
-    return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
-
-
-def _check_inputs(shards: Sequence[Shard], config: EmbedConfig) -> None:
-    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones."""
-    for number, shard in enumerate(shards[:CHECKED_METADATA]):
-        ids = None
-        if number < CHECKED_TARS and shard.source.is_local:
-            try:
-                ids = open_local(shard, shard.source.path(shard.tar), config.id_col, keep=False).ids
-            except (MalformedShard, OSError):
-                continue  # damage is the shard's own fault: it fails by name and the others go on
-        check_metadata(shard, config.id_col, ids)
-
-
-_prepared: ContextVar[tuple[Work, Progress] | None] = ContextVar("prepared", default=None)
-"""What `run` has found before it starts the flow: an embedder object is no parameter that Prefect could store."""
-
-
 @flow(name="embed")
 def embed(config: EmbedConfig) -> Manifest:
     """Give every image of a dataset an embedding.
@@ -143,7 +85,7 @@ def embed(config: EmbedConfig) -> Manifest:
     :raises RunFailed: some shards failed after their retries; a second run does only those.
     """
     started = time.monotonic()
-    work, progress = _prepared.get() or (prepare(config, None), Silent())
+    work, progress = received() or (prepare(config, None), Silent())
     progress.found(work.plan)
     workers = choose_workers(work.device, config.workers, len(work.plan.to_embed) or len(work.plan.to_merge))
     failures: dict[str, ShardFailure] = {}
@@ -165,7 +107,7 @@ def embed(config: EmbedConfig) -> Manifest:
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
-    options = _merge_options(config, work.embedder)
+    options = merge_options(config, work.embedder)
     return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True)
 
 
@@ -190,7 +132,7 @@ def _merge_all(
     runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]
 ) -> None:
     """Join every embedded shard whose merged file is missing or old."""
-    options = _merge_options(config, work.embedder)
+    options = merge_options(config, work.embedder)
     backend = "cudf" if work.device == "cuda" else "pandas"
     futures = []
     for start in range(0, len(plan.to_merge), SHARDS_A_MERGE):

@@ -29,6 +29,7 @@ def prefect_server() -> Iterator[None]:
     if has_server():
         yield
         return
+    from prefect.logging.handlers import APILogHandler
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -38,6 +39,7 @@ def prefect_server() -> Iterator[None]:
         try:
             with _environment({"PREFECT_API_URL": server.api_url}), temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
+                APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
         finally:
             server.stop()
 

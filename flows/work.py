@@ -1,0 +1,89 @@
+"""What a run starts from: everything that can be found out, or found wrong, before anything is started or written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from embedders.base import ImageEmbedder
+from embedders.errors import MalformedShard
+from flows.config import EmbedConfig
+from flows.progress import Progress
+from tasks.cluster import choose_device
+from tasks.index import check_metadata, open_local
+from tasks.plan import MergeOptions, Plan, make_plan
+from tasks.shards import Shard, digest, find_shards
+
+CHECKED_TARS = 8
+CHECKED_METADATA = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run starts from."""
+
+    embedder: ImageEmbedder
+    fingerprint: dict[str, Any]
+    device: str
+    plan: Plan
+
+    @property
+    def anything(self) -> bool:
+        """Whether a shard is left to embed or to merge."""
+        return bool(self.plan.to_embed or self.plan.to_merge)
+
+
+def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
+    """Everything that can be found wrong before anything is started or written.
+
+    :raises InputError: says what is wrong and what to do.
+    """
+    shards = find_shards(config.dataset, config.output)
+    device = "auto" if config.scheduler else choose_device(config.device)
+    embedder = embedder if embedder is not None else config.build_embedder()
+    embedder.check()
+    fingerprint = embedder.fingerprint()
+    plan = make_plan(shards, digest(fingerprint), merge_options(config, embedder), overwrite=config.overwrite)
+    _check_inputs(plan.to_embed, config)
+    return Work(embedder, fingerprint, device, plan)
+
+
+def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
+    """How embeddings join the metadata; an embedder object knows the name of its column."""
+    return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
+
+
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig) -> None:
+    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones."""
+    for number, shard in enumerate(shards[:CHECKED_METADATA]):
+        ids = None
+        if number < CHECKED_TARS and shard.source.is_local:
+            try:
+                ids = open_local(shard, shard.source.path(shard.tar), config.id_col, keep=False).ids
+            except (MalformedShard, OSError):
+                continue  # damage is the shard's own fault: it fails by name and the others go on
+        check_metadata(shard, config.id_col, ids)
+
+
+_handed_over: ContextVar[tuple[Work, Progress] | None] = ContextVar("handed_over", default=None)
+
+
+@contextlib.contextmanager
+def handed_over(work: Work, progress: Progress) -> Iterator[None]:
+    """Let the flow that is called in this block receive what it starts from.
+
+    An embedder object and a terminal are no parameters that Prefect could store, and planning twice costs time.
+    """
+    token = _handed_over.set((work, progress))
+    try:
+        yield
+    finally:
+        _handed_over.reset(token)
+
+
+def received() -> tuple[Work, Progress] | None:
+    """What was handed over to the flow that runs, if anything was."""
+    return _handed_over.get()

@@ -1,0 +1,468 @@
+"""Both loaders on real photographs and on everything that is found in place of one."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import timm
+import torch
+from embedders.dali import DaliLoader, Decode, vertical_first
+from embedders.images import BadImage, decode, inspect
+from embedders.loader import Encoded, LoadedBatch, Loader, Reason
+from embedders.preprocess import Preprocessing
+from embedders.reference import ReferenceLoader
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data.config import resolve_data_config
+
+CENTER: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
+
+# Bilinear weights are often dyadic (512 to 256 pixels): sums end in exactly .5, which Pillow and DALI round
+# differently, by one level.
+CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
+    "center bicubic": ({}, 0.02),
+    "center bilinear": ({"interpolation": "bilinear"}, 0.25),
+    "center lanczos": ({"interpolation": "lanczos"}, 0.02),
+    "whole short edge": ({"crop_pct": 1.0}, 0.03),
+    "squash bicubic": ({"crop_mode": "squash", "crop_pct": 1.0}, 0.03),
+    "squash bilinear": ({"crop_mode": "squash", "interpolation": "bilinear"}, 0.25),
+    "squash tall": (
+        {"crop_mode": "squash", "interpolation": "bilinear", "input_size": (3, 256, 192), "crop_pct": 1.0},
+        0.25,
+    ),
+    "border bicubic": ({"crop_mode": "border", "crop_pct": 1.0, "mean": (0.5, 0.4, 0.3)}, 0.03),
+    "wide": ({"input_size": (3, 160, 256)}, 0.02),
+    "padded": ({"crop_pct": 1.2}, 0.03),
+    "grey": ({"input_size": (1, 224, 224), "mean": (0.5,), "std": (0.25,)}, 0.03),
+}
+"""Changes to CENTER, and the mean difference to timm's pixels, of 255, that one image may show."""
+
+
+@cache
+def photographs() -> list[Image.Image]:
+    folder = Path(skimage.data.__file__).parent  # only what is in the package: nothing is fetched
+    names = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"]
+    images = [Image.open(folder / name) for name in names]
+    images += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    return [image if image.mode == "L" else image.convert("RGB") for image in images]
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@cache
+def stream_of_photographs() -> dict[str, bytes]:
+    """JPEGs of all subsamplings, baseline and progressive, and PNGs: landscape, portrait, small, odd, thin."""
+    images: dict[str, bytes] = {}
+    shapes = [(500, 375), (333, 500), (101, 61), (512, 512), (47, 231), (640, 90)]
+    options = itertools.cycle(
+        [
+            {"subsampling": s, "progressive": p, "quality": q}
+            for s, p, q in zip((0, 1, 2, 2), (0, 1, 0, 1), (95, 80, 70, 85))
+        ]
+    )
+    for number, (photo, shape) in enumerate(itertools.product(photographs(), shapes)):
+        small = photo.resize(shape)
+        images[f"{number}.jpg"] = save(small, "JPEG", **next(options))
+        if number % 6 == 0:
+            images[f"{number}.png"] = save(small, "PNG")
+    return images
+
+
+def encoded(images: dict[str, bytes]) -> list[Encoded]:
+    return [Encoded(name, np.frombuffer(data, np.uint8)) for name, data in images.items()]
+
+
+@pytest.fixture
+def make_loader() -> Iterator[Callable[..., Loader]]:
+    """Builds loaders by kind ("dali" or "reference") and closes them."""
+    loaders: list[Loader] = []
+
+    def make(kind: str, changes: dict[str, Any] | None = None, **options: Any) -> Loader:
+        value = Preprocessing.from_timm({**CENTER, **(changes or {})})
+        options = {"batch_size": 16, "num_threads": 2, "preprocessing": value, **options}
+        if kind == "reference":
+            loaders.append(ReferenceLoader(value.transform(), mode=value.mode, **options))
+        else:
+            loaders.append(DaliLoader(value.transform(), **options))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def rows(batches: list[LoadedBatch]) -> dict[Any, torch.Tensor]:
+    """Image by tag; no tag may come twice."""
+    found: dict[Any, torch.Tensor] = {}
+    for batch in batches:
+        assert len(batch.images) == len(batch.tags)
+        for tag, image in zip(batch.tags, batch.images, strict=True):
+            assert tag not in found
+            found[tag] = image
+    return found
+
+
+def reasons(batches: list[LoadedBatch]) -> dict[Any, Reason]:
+    everything = [rejected for batch in batches for rejected in batch.rejected]
+    assert all(rejected.detail and "\n" not in rejected.detail for rejected in everything)
+    assert len({rejected.tag for rejected in everything}) == len(everything)
+    return {rejected.tag: rejected.reason for rejected in everything}
+
+
+def levels(one: torch.Tensor, other: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """The differences of two normalised images in levels of 255."""
+    std = torch.tensor({**CENTER, **config}["std"]).view(-1, 1, 1)
+    return ((one.float() - other.float()) * std * 255).abs()
+
+
+# --- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def test_configs_cover_what_the_pretrained_tags_use() -> None:
+    def kind(value: Preprocessing) -> tuple[Any, ...]:
+        return value.crop_mode, value.interpolation, value.channels, value.height == value.width
+
+    used = {
+        kind(Preprocessing.from_timm(resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(tag).to_dict())))
+        for tag in timm.list_models(pretrained=True)
+    }
+    assert used <= {kind(Preprocessing.from_timm({**CENTER, **changes})) for changes, _ in CONFIGS.values()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dali_gives_timms_pixels(name: str, make_loader: Callable[..., Loader]) -> None:
+    config, limit = CONFIGS[name]
+    value = Preprocessing.from_timm({**CENTER, **config})
+    transform = value.transform()
+    images = stream_of_photographs()
+    found = rows(list(make_loader("dali", config).batches(encoded(images))))
+    assert found.keys() == images.keys()
+    for tag, data in images.items():
+        expected = transform(Image.open(io.BytesIO(data)).convert(value.mode))
+        difference = levels(found[tag], expected, config)
+        assert difference.mean() < limit, tag
+        assert difference.max() < 12, (
+            tag
+        )  # at the border of an enlarged image, where the two cut the filter differently
+
+
+def test_reference_is_timms_transform_bit_for_bit(make_loader: Callable[..., Loader]) -> None:
+    transform = Preprocessing.from_timm(CENTER).transform()
+    images = stream_of_photographs()
+    batches = list(make_loader("reference").batches(encoded(images)))
+    assert [tag for batch in batches for tag in batch.tags] == list(images)
+    for tag, image in rows(batches).items():
+        assert torch.equal(image, transform(Image.open(io.BytesIO(images[tag])).convert("RGB")))
+
+
+def test_dali_decodes_what_it_is_given_as_pillow_does() -> None:
+    from nvidia.dali import fn, pipeline_def, types
+
+    images = {name: data for name, data in stream_of_photographs().items() if inspect(data).dali}
+    images |= {name: data for name, (data, _) in found_in_the_wild().items() if inspect(data).dali and is_sound(data)}
+
+    @pipeline_def(batch_size=len(images), num_threads=2, device_id=None)  # type: ignore[misc, call-overload]
+    def decoders() -> Any:
+        data = fn.external_source(source=[[sample.data for sample in encoded(images)]], cycle=True)
+        return fn.decoders.image(data, adjust_orientation=False)
+
+    (decoded,) = decoders().run()
+    for ours, data in zip(decoded, images.values(), strict=True):
+        assert np.array_equal(np.array(ours), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_pillows_order_of_passes() -> None:
+    """A resize is two resizes of one axis, in the order we think it is, for this version of Pillow."""
+    chance = random.Random(0)
+    photo = photographs()[0]
+    for _ in range(300):
+        width, height, new_width, new_height = (chance.randint(20, 120) for _ in range(4))
+        image = photo.resize((width, height))
+        upright = vertical_first(*(np.array([n]) for n in (height, width, new_height, new_width)))[0]
+        between = (width, new_height) if upright else (new_width, height)
+        size = (new_width, new_height)
+        once, twice = image.resize(size), image.resize(between).resize(size)
+        assert np.array_equal(np.asarray(once), np.asarray(twice)), (width, height, new_width, new_height)
+
+
+def test_half_precision(make_loader: Callable[..., Loader]) -> None:
+    some = encoded(stream_of_photographs())[:5] + [
+        Encoded("gif", np.frombuffer(save(photographs()[0], "GIF"), np.uint8))
+    ]
+    (half,) = make_loader("dali", dtype=torch.float16).batches(some)
+    (full,) = make_loader("dali").batches(some)
+    assert half.images.dtype == torch.float16
+    assert half.tags == full.tags
+    assert (half.images.float() - full.images).abs().max() < 2e-3
+
+
+# --- what is found in place of a photograph ---------------------------------------------------------------------------
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@cache
+def found_in_the_wild() -> dict[str, tuple[bytes, Reason | None]]:
+    """Encoded images and what becomes of them: None for a row, else the reason for the rejection."""
+    photo = photographs()[0].resize((151, 103))
+    jpeg, png = save(photo, "JPEG", quality=90), save(photo, "PNG")
+    scan = jpeg.index(b"\xff\xda")
+    frame = jpeg.index(b"\xff\xc0")
+    huge = jpeg[: frame + 5] + b"\xff\xff\xff\xff" + jpeg[frame + 9 :]
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0xFF
+    corrupt = bytearray(jpeg)
+    corrupt[len(jpeg) // 2 : len(jpeg) // 2 + 40] = bytes(i * 37 % 255 for i in range(40))
+    clear = photo.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    transparent = photo.quantize(16)
+    sixteen = Image.fromarray(np.arange(64 * 80, dtype=np.uint16).reshape(64, 80) * 12)
+    huge_png = png[:16] + struct.pack(">II", 60000, 60000) + png[24:]
+    return {
+        "jpeg": (jpeg, None),
+        "jpeg grey": (save(photo.convert("L"), "JPEG"), None),
+        "jpeg with restarts": (save(photo, "JPEG", restart_marker_blocks=3), None),
+        "jpeg 4:1:1": (save(photo, "JPEG", subsampling="4:1:1"), None),
+        "jpeg with profile": (save(photo, "JPEG", icc_profile=b"x" * 70000), None),
+        "jpeg with padding": (jpeg + bytes(100), None),
+        "two jpegs": (jpeg + jpeg, None),
+        "jpeg cmyk": (save(photo.convert("CMYK"), "JPEG"), None),
+        "jpeg rgb": (save(photo, "JPEG", keep_rgb=True), None),
+        "jpeg with a bad scan": (bytes(corrupt), None),
+        "jpeg without tables": (jpeg.replace(b"\xff\xdb", b"\xff\xfe"), Reason.CORRUPT),
+        "jpeg cut after its magic": (jpeg[:3], Reason.TRUNCATED),
+        "jpeg cut in its header": (jpeg[:100], Reason.TRUNCATED),
+        "jpeg cut before its scan": (jpeg[:scan], Reason.TRUNCATED),
+        "jpeg cut in half": (jpeg[: len(jpeg) // 2], Reason.TRUNCATED),
+        "jpeg cut in half and closed": (jpeg[: len(jpeg) // 2] + b"\xff\xd9", None),
+        "jpeg of 65535x65535": (huge, Reason.TOO_LARGE),
+        "jpeg of 65535x65535, cut": (huge[:300], Reason.TOO_LARGE),
+        "png": (png, None),
+        "png grey": (save(photo.convert("L"), "PNG"), None),
+        "png palette": (save(photo.quantize(16), "PNG"), None),
+        "png palette with transparency": (save(transparent, "PNG", transparency=3), None),
+        "png alpha": (save(clear, "PNG"), None),
+        "png with a transparent colour": (
+            png[:33] + png_chunk(b"tRNS", struct.pack(">3H", 10, 20, 30)) + png[33:],
+            None,
+        ),
+        "png with gamma": (png[:33] + png_chunk(b"gAMA", struct.pack(">I", 45455)) + png[33:], None),
+        "png 1 bit": (save(photo.convert("1"), "PNG"), None),
+        "png 16 bit": (save(sixteen, "PNG"), None),
+        "png without its end": (png[:-12], None),
+        "png cut in half": (png[: len(png) // 2], Reason.TRUNCATED),
+        "png with a flipped byte": (bytes(flipped), Reason.CORRUPT),
+        "png of 60000x60000": (huge_png, Reason.TOO_LARGE),
+        "webp": (save(photo, "WEBP"), None),
+        "webp cut in half": (save(photo, "WEBP")[:2000], Reason.TRUNCATED),
+        "gif": (save(photo, "GIF"), None),
+        "gif cut in half": (save(photo, "GIF")[:3000], Reason.TRUNCATED),
+        "bmp": (save(photo, "BMP"), None),
+        "bmp cut in half": (save(photo, "BMP")[:9000], Reason.TRUNCATED),
+        "tiff": (save(photo, "TIFF"), None),
+        "tiff lzw": (save(photo, "TIFF", compression="tiff_lzw"), None),
+        "thin": (save(Image.new("RGB", (1, 60000), "red"), "PNG"), Reason.TOO_LARGE),
+        "nothing": (b"", Reason.EMPTY),
+        "one byte": (b"\xff", Reason.NOT_AN_IMAGE),
+        "html": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 9, Reason.NOT_AN_IMAGE),
+        "zeros": (bytes(5000), Reason.NOT_AN_IMAGE),
+        "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', Reason.UNSUPPORTED),
+        "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), Reason.UNSUPPORTED),
+        "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", Reason.UNSUPPORTED),
+    }
+
+
+def is_sound(data: bytes) -> bool:
+    try:
+        decode(data)
+    except BadImage:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_everything_comes_back_once(kind: str, batch_size: int, make_loader: Callable[..., Loader]) -> None:
+    wild = found_in_the_wild()
+    transform = Preprocessing.from_timm(CENTER).transform()
+    samples = encoded({name: data for name, (data, _) in wild.items()})
+    batches = list(make_loader(kind, batch_size=batch_size).batches(samples))
+    found, rejected = rows(batches), reasons(batches)
+    assert rejected == {name: reason for name, (_, reason) in wild.items() if reason}
+    assert found.keys() == {name for name, (_, reason) in wild.items() if not reason}
+    for tag, image in found.items():
+        expected = transform(Image.open(io.BytesIO(wild[tag][0])).convert("RGB"))
+        assert levels(image, expected, {}).mean() < 0.02, tag
+    assert all(len(batch.tags) + len(batch.rejected) <= batch_size for batch in batches)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, reason) in found_in_the_wild().items() if reason])
+def test_decode_says_what_is_wrong(name: str) -> None:
+    data, reason = found_in_the_wild()[name]
+    if name == "thin":
+        assert decode(data).size == (1, 60000)  # it is the resize that is too large
+        return
+    with pytest.raises(BadImage) as raised:
+        decode(np.frombuffer(data, np.uint8))
+    assert raised.value.reason is reason
+    assert " at 0x" not in raised.value.detail
+
+
+def test_any_damage_gives_an_image_or_a_bad_image() -> None:
+    chance = random.Random(1)
+    for data, _ in list(found_in_the_wild().values()):
+        for _ in range(8):
+            damaged = bytearray(data[: chance.randrange(len(data) + 1)] if chance.random() < 0.5 else data)
+            for _ in range(chance.randrange(4)):
+                if damaged:
+                    damaged[chance.randrange(min(len(damaged), 200))] = chance.randrange(256)
+            header = inspect(damaged)
+            assert header.dali is not bool(header.why)
+            try:
+                assert decode(bytes(damaged), max_pixels=1_000_000).mode == "RGB"
+            except BadImage as bad:
+                assert bad.reason in Reason
+
+
+def test_size_limit_comes_before_decoding(make_loader: Callable[..., Loader]) -> None:
+    samples = encoded(
+        {"large": save(Image.new("RGB", (200, 101)), "JPEG"), "fits": save(Image.new("RGB", (200, 100)), "GIF")}
+    )
+    for kind in ("dali", "reference"):
+        batches = list(make_loader(kind, {"input_size": (3, 64, 64)}, max_pixels=20_000).batches(samples))
+        assert reasons(batches) == {"large": Reason.TOO_LARGE}
+        assert list(rows(batches)) == ["fits"]
+
+
+def test_an_image_too_thin_for_its_resize_is_refused(make_loader: Callable[..., Loader]) -> None:
+    samples = encoded({"thin": save(Image.new("RGB", (1, 3000)), "JPEG")})
+    for kind in ("dali", "reference"):
+        (batch,) = make_loader(kind, {"crop_mode": "border"}).batches(samples)
+        assert reasons([batch]) == {"thin": Reason.UNSUPPORTED}
+        assert batch.images.shape == (0, 3, 224, 224)
+
+
+def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., Loader]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = photographs()[3].resize((160, 120))
+    upright = photo.transpose(Image.Transpose.ROTATE_270)
+    transform = Preprocessing.from_timm(CENTER).transform()
+    data = save(photo, "JPEG", quality=95, exif=exif)
+    for kind, apply in itertools.product(("dali", "reference"), (False, True)):
+        (batch,) = make_loader(kind, apply_exif=apply).batches(encoded({"rotated": data}))
+        assert levels(batch.images[0], transform(upright if apply else photo), {}).mean() < 3
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., Loader]) -> None:
+    samples = encoded(stream_of_photographs())[:21]
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=8)
+    for _ in range(2):
+        batches = list(loader.batches(samples))
+        assert [len(batch.tags) for batch in batches] == [8, 8, 5]
+        assert [tag for batch in batches for tag in batch.tags] == [sample.tag for sample in samples]
+    assert list(loader.batches([])) == []
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable[..., Loader]) -> None:
+    samples = encoded(stream_of_photographs())
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
+    copies = {}
+    kept = []
+    for batch in loader.batches(samples):
+        copies |= {tag: image.clone() for tag, image in zip(batch.tags, batch.images, strict=True)}
+        kept.append(batch)
+    assert all(torch.equal(image, copies[tag]) for tag, image in rows(kept).items())
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader: Callable[..., Loader]) -> None:
+    samples = encoded(stream_of_photographs())
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
+    first = next(iter(loader.batches(samples)))
+    assert first.tags == [sample.tag for sample in samples[:4]]
+    assert [batch.tags for batch in loader.batches(samples[9:11])] == [[sample.tag for sample in samples[9:11]]]
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[..., Loader]) -> None:
+    samples = encoded(stream_of_photographs())
+
+    def broken() -> Iterator[Encoded]:
+        yield from samples[:6]
+        raise OSError("the shard is gone")
+
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
+    with pytest.raises(OSError, match="the shard is gone"):
+        list(loader.batches(broken()))
+    assert len(rows(list(loader.batches(samples)))) == len(samples)
+
+
+def test_a_batch_that_dali_refuses_is_recovered(make_loader: Callable[..., Loader]) -> None:
+    bad, _ = found_in_the_wild()["png with a flipped byte"]
+    assert inspect(bad).dali  # or this tests nothing
+    images = dict(itertools.islice(stream_of_photographs().items(), 30))
+    names = list(images)
+    images = {**{name: images[name] for name in names[:11]}, "bad": bad, **{name: images[name] for name in names[11:]}}
+    loader = make_loader("dali", batch_size=3)
+    for _ in range(2):
+        batches = list(loader.batches(encoded(images)))
+        assert reasons(batches) == {"bad": Reason.CORRUPT}
+        assert rows(batches).keys() == set(names)
+    transform = Preprocessing.from_timm(CENTER).transform()
+    for tag, image in rows(batches).items():
+        expected = transform(Image.open(io.BytesIO(images[tag])).convert("RGB"))
+        assert levels(image, expected, {}).mean() < 0.02
+
+
+def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., Loader]) -> None:
+    with pytest.raises(ValueError, match="EXACT on the CPU"):
+        make_loader("dali", decode=Decode.FAST)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("how", "limit"), [(Decode.EXACT, 0.02), (Decode.FAST, 2.0)])
+def test_on_a_gpu(how: Decode, limit: float, dtype: torch.dtype, make_loader: Callable[..., Loader]) -> None:
+    wild = {name: data for name, (data, reason) in found_in_the_wild().items() if not reason}
+    images = stream_of_photographs() | wild | {"bad": found_in_the_wild()["png with a flipped byte"][0]}
+    transform = Preprocessing.from_timm(CENTER).transform()
+    batches = list(make_loader("dali", device="cuda", decode=how, dtype=dtype).batches(encoded(images)))
+    assert reasons(batches) == {"bad": Reason.CORRUPT}
+    differences = []
+    for tag, image in rows(batches).items():
+        assert image.is_cuda
+        assert image.dtype == dtype
+        expected = transform(Image.open(io.BytesIO(images[tag])).convert("RGB"))
+        differences.append(float(levels(image.cpu(), expected, {}).mean()))
+    assert len(differences) == len(images) - 1
+    assert np.mean(differences) < limit + (0.1 if dtype == torch.float16 else 0)
