@@ -127,9 +127,13 @@ def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, 
 
 @dataclass
 class _Scheduled:
-    """A batch under way: `samples` are in DALI's pipeline, `others` with Pillow, as `rows`."""
+    """A batch under way: `samples` are in DALI's pipeline, `others` with Pillow, as `rows`.
+
+    `sizes` are the heights and widths of `samples`, shape (n, 2).
+    """
 
     samples: list[Encoded]
+    sizes: np.ndarray
     others: list[Encoded] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
@@ -197,14 +201,24 @@ class DaliLoader:
 
     def _route(self, chunk: list[Encoded]) -> _Scheduled:
         """Divide a batch between DALI and Pillow, and start Pillow's part."""
-        batch = _Scheduled([])
-        for sample in chunk:
-            header = inspect(sample.data)
-            rotated = self._apply_exif and header.metadata and is_rotated(sample.data)
-            fits = header.width * header.height <= self._max_pixels
-            (batch.samples if header.dali and fits and not rotated else batch.others).append(sample)
-        batch.rows = [self._pool.submit(self._row, sample) for sample in batch.others]
-        return batch
+        headers = [inspect(sample.data) for sample in chunk]
+        sizes = np.array([(header.height, header.width) for header in headers])
+        fits = self._fits(sizes)
+        for i, header in enumerate(headers):
+            fits[i] &= header.dali and not (self._apply_exif and header.metadata and is_rotated(chunk[i].data))
+        others = [sample for sample, ours in zip(chunk, fits, strict=True) if not ours]
+        rows = [self._pool.submit(self._row, sample) for sample in others]
+        return _Scheduled([sample for sample, ours in zip(chunk, fits, strict=True) if ours], sizes[fits], others, rows)
+
+    def _fits(self, sizes: np.ndarray) -> np.ndarray:
+        """Which images of sizes (n, 2) are within the limits, before and after the resize; see `Reference`.
+
+        DALI does not survive a resize to nothing: it crashes the process.
+        """
+        sizes = np.maximum(sizes, 1)  # of images whose size is not known, which are not DALI's anyway
+        resized = self._preprocessing.geometries(sizes[:, 0], sizes[:, 1])
+        pixels, after = sizes.prod(axis=1), resized.resize_h * resized.resize_w
+        return (pixels <= self._max_pixels) & (after >= 1) & (after <= self._max_pixels)
 
     def _schedule(self, in_flight: deque[_Scheduled]) -> None:
         """Feed the newest batch to the pipeline and let it run."""
@@ -214,7 +228,7 @@ class DaliLoader:
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
-            self._feed([sample.data for sample in batch.samples])
+            self._feed([sample.data for sample in batch.samples], batch.sizes)
             self._pipeline.schedule_run()
         except RuntimeError as error:
             self._recover(in_flight, error)
@@ -293,23 +307,24 @@ class DaliLoader:
             self._preprocessing, self._decode, self._batch_size, self._num_threads, self._device, self._dtype
         )
         self._pipeline.build()
-        tiny = _tiny_jpeg()
+        tiny = _tiny_jpeg(_TINY)
         for _ in range(DEPTH):
-            self._feed([tiny])
+            self._feed([tiny], np.array([[_TINY, _TINY]]))
         self._pipeline.schedule_run()
         for _ in range(DEPTH):
             self._take()
         return self._pipeline
 
-    def _feed(self, images: list[np.ndarray]) -> None:
+    def _feed(self, images: list[np.ndarray], sizes: np.ndarray) -> None:
         """Hand one batch to the pipeline. `images` are not copied: they must outlive the iteration."""
-        headers = [inspect(data) for data in images]
-        heights = np.array([header.height for header in headers])
-        widths = np.array([header.width for header in headers])
         self._pipeline.feed_input("encoded", images)
-        for name, values in windows(self._preprocessing, heights, widths)._asdict().items():
+        for name, values in windows(self._preprocessing, sizes[:, 0], sizes[:, 1])._asdict().items():
             if name != "origin" or self._preprocessing.pads:
                 self._pipeline.feed_input(name, values)
+
+
+_TINY = 64
+"""Side of the image that a pipeline is started with, in pixels."""
 
 
 def _pipeline(
@@ -396,9 +411,9 @@ def _pairs(y: np.ndarray, x: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
     return np.stack([y, x], axis=1).astype(dtype)
 
 
-def _tiny_jpeg() -> np.ndarray:
+def _tiny_jpeg(side: int) -> np.ndarray:
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    Image.new("RGB", (side, side)).save(buffer, "JPEG")
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from embedders.preprocess import CropMode, Geometry, Interpolation, NotConvertible, Preprocessing, timm_transform
 from PIL import Image
 from timm.data.config import resolve_data_config
+
+from embedders.preprocess import CropMode, Geometry, Interpolation, NotConvertible, Preprocessing, timm_transform
 
 BASE: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -34,7 +35,9 @@ SIZES = [(375, 500), (500, 375), (301, 300), (224, 224), (17, 23), (61, 13), (90
 def pretrained() -> dict[str, Preprocessing | NotConvertible]:
     values: dict[str, Preprocessing | NotConvertible] = {}
     for tag in timm.list_models(pretrained=True):
-        config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(tag).to_dict())
+        cfg = timm.get_pretrained_cfg(tag)
+        assert cfg is not None
+        config = resolve_data_config(pretrained_cfg=cfg.to_dict())
         try:
             values[tag] = Preprocessing.from_timm(config)
         except NotConvertible as reason:
