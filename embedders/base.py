@@ -86,7 +86,7 @@ class ImageEmbedder(ABC):
             "attributes": json.loads(json.dumps(attributes, sort_keys=True, default=_plain)),
         }
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
     def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
@@ -99,7 +99,9 @@ class ImageEmbedder(ABC):
                 forgotten.difference_update(samples)
                 yield ShardBatch(images, [Row(number, sample) for sample in samples])
             detail = f"{type(self).__name__} yielded no batch with this sample"
-            yield ShardBatch(None, [], [Rejected(Row(number, i), Reason.NOT_EMBEDDED, detail) for i in sorted(forgotten)])
+            yield ShardBatch(
+                None, [], [Rejected(Row(number, i), Reason.NOT_EMBEDDED, detail) for i in sorted(forgotten)]
+            )
 
 
 def _position(metadata: dict[str, Any], shard: OpenShard, position: dict[str, int], embedder: object) -> int:

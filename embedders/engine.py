@@ -181,4 +181,3 @@ def _finish(pending: _Pending) -> EmbeddedShard:
 def _member(shard: OpenShard, i: int) -> str:
     sample = shard.index.samples[i]
     return (sample.image() or sample.components[0]).name
-

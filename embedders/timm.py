@@ -166,7 +166,9 @@ class TimmImageEmbedder(ImageEmbedder):
             try:
                 return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **head)
             except RuntimeError as error:
-                raise InputError(f"checkpoint {self.checkpoint!r} does not fit {name!r}: {_first_lines(error)}") from error
+                raise InputError(
+                    f"checkpoint {self.checkpoint!r} does not fit {name!r}: {_first_lines(error)}"
+                ) from error
         return timm.create_model(name, pretrained=self.weights.identity != RANDOM, **head)
 
     def _dtype(self, device: str) -> torch.dtype:
@@ -214,7 +216,9 @@ class TimmImageEmbedder(ImageEmbedder):
             preprocessing = self.preprocessing
         except NotConvertible as why:
             if self.loader is LoaderKind.DALI:
-                raise InputError(f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto") from why
+                raise InputError(
+                    f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto"
+                ) from why
             warnings.warn(f"{self.model_name}: using the reference loader: {why}", stacklevel=2)
             return ReferenceLoader(**common)
         decode = Decode.FAST if kind == "cuda" and self.decode == "fast" else Decode.EXACT

@@ -24,7 +24,7 @@ from embedders.errors import MalformedShard
 from embedders.loader import Reason
 
 BLOCK = 512
-IMAGE_EXTENSIONS = frozenset("jpg jpeg png webp gif tif tiff bmp jp2 avif img ppm".split())
+IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp", "jp2", "avif", "img", "ppm"])
 INDEX_MARK = "shard-embed/1"
 """Stands in the first line of an index that this module wrote; other tools' indexes are not trusted to be complete."""
 
@@ -204,7 +204,12 @@ def parse_index(text: str, fingerprint: str) -> TarIndex | None:
         for line in body.splitlines():
             fields = line.split(" ")
             components = tuple(
-                Component(unquote(ext, errors="surrogateescape"), int(offset), int(size), unquote(name, errors="surrogateescape"))
+                Component(
+                    unquote(ext, errors="surrogateescape"),
+                    int(offset),
+                    int(size),
+                    unquote(name, errors="surrogateescape"),
+                )
                 for ext, offset, size, name in zip(*[iter(fields)] * 4, strict=True)
             )
             key = components[0].name[: -len(components[0].extension) - 1]

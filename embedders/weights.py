@@ -6,8 +6,11 @@ or random weights from a fixed seed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,7 @@ def _configuration(model_name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _local_configuration(folder: Path) -> tuple[str, dict[str, Any]]:
-    from timm.models import load_model_config_from_path
+    from timm.models._hub import load_model_config_from_path
 
     try:
         cfg, architecture, _ = load_model_config_from_path(folder)
@@ -81,7 +84,9 @@ def _closest(model_name: str) -> str:
     close = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5) or difflib.get_close_matches(
         model_name.partition(".")[0], timm.list_models(), n=3, cutoff=0.3
     )
-    return f"the closest names are {', '.join(close)}" if close else "python -c 'import timm; print(timm.list_models())'"
+    return (
+        f"the closest names are {', '.join(close)}" if close else "python -c 'import timm; print(timm.list_models())'"
+    )
 
 
 def _checkpoint_identity(checkpoint: str) -> str:
@@ -122,7 +127,7 @@ def _pretrained_identity(model_name: str, cfg: dict[str, Any]) -> str:
 def _hub_identity(location: Any) -> str:
     """The hub's etag of the weights file, which is its sha256; the file is in the local cache afterwards."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 
     hub_id, name = location if isinstance(location, tuple) else (location, HF_WEIGHTS_NAME)
@@ -130,13 +135,28 @@ def _hub_identity(location: Any) -> str:
     candidates = [name] if name.endswith(".safetensors") else [*_get_safe_alternatives(name), name]
     for candidate in candidates:
         try:
-            path = hf_hub_download(repo, candidate, revision=revision)
+            with _hub_said_nothing():
+                path = hf_hub_download(repo, candidate, revision=revision)
+        except LocalEntryNotFoundError:  # no network: the next name would fare no better
+            raise
         except EntryNotFoundError:
             if candidate == candidates[-1]:
                 raise
             continue
         return f"{candidate}:{Path(path).resolve().name}"
     raise AssertionError("unreachable: the last candidate returns or raises")
+
+
+@contextlib.contextmanager
+def _hub_said_nothing() -> Iterator[None]:
+    """Without the hub client's line for each of its retries: the error that ends them says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _url_identity(url: str) -> str:

@@ -29,7 +29,9 @@ class RunFailed(Exception):
     """Some shards failed after their retries; `manifest` names them. All others are done."""
 
     def __init__(self, manifest: Manifest) -> None:
-        super().__init__(f"{manifest.shards_failed} of {manifest.shards} shards failed; run the same again to finish them")
+        super().__init__(
+            f"{manifest.shards_failed} of {manifest.shards} shards failed; run the same again to finish them"
+        )
         self.manifest = manifest
 
 
@@ -119,6 +121,7 @@ def _embed_all(
     futures = []
     for group in group_shards(work.plan.to_embed, workers):
         indexed = []
+        parameters: dict[str, Any]
         if work.embedder.use_index_files and group[0].source.is_local:
             parameters = {"shards": group, "id_col": config.id_col, "span": span(group)}
             indexed = [runner.submit(index_shards, parameters=parameters)]
@@ -128,9 +131,7 @@ def _embed_all(
         progress.embedded(records)
 
 
-def _merge_all(
-    runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]
-) -> None:
+def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:
     """Join every embedded shard whose merged file is missing or old."""
     options = merge_options(config, work.embedder)
     backend = "cudf" if work.device == "cuda" else "pandas"
@@ -145,6 +146,7 @@ def _merge_all(
 
 def _drain(futures: list[Any], failures: dict[str, ShardFailure]) -> Iterator[Any]:
     """The results of futures as they finish. A failed one is noted and stops none of the others."""
+    future: Any  # Prefect's type knows nothing of the Dask future inside
     for future in as_completed(futures):
         error: BaseException | None = None
         try:

@@ -37,7 +37,10 @@ def prefect_server() -> Iterator[None]:
         server = SubprocessASGIServer()
         server.start(timeout=60)
         try:
-            with _environment({"PREFECT_API_URL": server.api_url}), temporary_settings({PREFECT_API_URL: server.api_url}):
+            with (
+                _environment({"PREFECT_API_URL": server.api_url}),
+                temporary_settings({PREFECT_API_URL: server.api_url}),
+            ):
                 yield
                 APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
         finally:

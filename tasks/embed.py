@@ -89,6 +89,7 @@ class _GroupRun:
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
 
     def go(self, shards: Sequence[Shard]) -> None:
+        unfinished: Exception | None = None
         with ThreadPoolExecutor(1, "write") as writer:
             writes: list[Future[None]] = []
             try:
@@ -100,8 +101,6 @@ class _GroupRun:
             except Exception as error:  # whatever it is, it fails these shards and no others
                 _engines.clear()
                 unfinished = error
-            else:
-                unfinished = None
             for write in writes:
                 write.result()
         if unfinished is not None:
@@ -158,7 +157,9 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-def write_embeddings(shard: Shard, embedded: EmbeddedShard, embedder: ImageEmbedder, fingerprint: str) -> EmbeddingRecord:
+def write_embeddings(
+    shard: Shard, embedded: EmbeddedShard, embedder: ImageEmbedder, fingerprint: str
+) -> EmbeddingRecord:
     """Write a shard's quarantine and then, as the record that it is done, its embeddings.
 
     :raises MalformedShard: the account does not balance; nothing is written then.

@@ -22,7 +22,9 @@ class ShardFailure:
         """The failure that an exception stands for."""
         text = " ".join(str(error).split())
         kind = type(error).__name__
-        return cls(shard, text if text and kind in {"InputError", "MalformedShard"} else f"{kind}: {text}", passes(error))
+        return cls(
+            shard, text if text and kind in {"InputError", "MalformedShard"} else f"{kind}: {text}", passes(error)
+        )
 
 
 class ShardsFailed(Exception):

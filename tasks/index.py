@@ -11,7 +11,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from embedders.errors import InputError, MalformedShard
-from embedders.webdataset import OpenShard, TarIndex, canonical_id, format_index, map_tar, open_shard, parse_index, read_tar
+from embedders.webdataset import (
+    OpenShard,
+    TarIndex,
+    canonical_id,
+    format_index,
+    map_tar,
+    open_shard,
+    parse_index,
+    read_tar,
+)
 from tasks.failures import retry_if_it_can_pass
 from tasks.shards import Shard
 
@@ -54,7 +63,9 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) 
                 raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
             column = parquet.read([id_col]).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it") from error
+        raise InputError(
+            f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it"
+        ) from error
     seen: set[str] = set()
     for row, value in enumerate(column.to_pylist()):
         text = canonical_id(value)

@@ -171,7 +171,7 @@ def metadata_rows(shard: Shard, samples: int) -> int:
 )
 def merge_shards(shards: Sequence[Shard], options: MergeOptions, backend: str, span: str) -> list[MergeRecord]:
     """Join a group of shards as a job of the cluster this task runs on; see `merge_group`."""
-    from prefect_dask import get_dask_client
+    from distributed import worker_client
 
-    with get_dask_client() as client:
+    with worker_client() as client:  # gives this task's thread back meanwhile: a lone worker would wait for itself
         return merge_group(shards, options, backend, client)

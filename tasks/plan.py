@@ -82,9 +82,9 @@ def make_plan(shards: Sequence[Shard], embedder: str, options: MergeOptions, *, 
             embedded[shard.name] = record
     merged: dict[str, MergeRecord] = {}
     for shard, done in zip(shards, _records(shards, "metadata", read_merge_record), strict=True):
-        if done and shard.name in embedded:
-            if done.key == merge_key(shard, embedded[shard.name].key, options.as_dict()):
-                merged[shard.name] = done
+        record = embedded.get(shard.name)
+        if done and record and done.key == merge_key(shard, record.key, options.as_dict()):
+            merged[shard.name] = done
     return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
 
 

@@ -132,7 +132,8 @@ def embedding_key(shard: Shard, embedder: str, id_col: str) -> str:
 
 def merge_key(shard: Shard, embedding: str, options: dict[str, Any]) -> str:
     """What a merged file is a pure function of: the embeddings, the metadata's content, how they are joined."""
-    return digest({"embeddings": embedding, "metadata": shard.metadata_fingerprint, "options": options, "format": FORMAT})
+    parts = {"embeddings": embedding, "metadata": shard.metadata_fingerprint, "options": options}
+    return digest(parts | {"format": FORMAT})
 
 
 def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord) -> pa.Schema:
@@ -173,4 +174,3 @@ def _read_record(folder: Folder, name: str) -> tuple[dict[str, Any], int] | None
     except ValueError:
         return None
     return (value, footer.num_rows) if isinstance(value, dict) else None
-

@@ -115,7 +115,11 @@ class Folder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
-        self.write(name, lambda path: Path(path).write_text(text, errors="surrogateescape") and None)
+
+        def save(path: str) -> None:
+            Path(path).write_text(text, errors="surrogateescape")
+
+        self.write(name, save)
 
     def remove(self, name: str) -> None:
         """Take a file away if it is there."""
@@ -136,7 +140,7 @@ class Folder:
 
 def _fingerprint(info: dict[str, Any]) -> str:
     """Size and etag, or size and modification time: whichever the store keeps."""
-    for field in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created"):
+    for field in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated"):
         if info.get(field):
             return f"{info.get('size')}-{str(info[field]).strip(chr(34))}"
     return f"{info.get('size')}"
