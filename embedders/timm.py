@@ -210,17 +210,19 @@ class TimmImageEmbedder(ImageEmbedder):
             "device": device,
             "dtype": self._dtype(device),
         }
-        if self.loader is LoaderKind.REFERENCE:
-            return ReferenceLoader(**common)
         try:
             preprocessing = self.preprocessing
         except NotConvertible as why:
+            if self.loader is LoaderKind.REFERENCE:
+                return ReferenceLoader(**common)
             if self.loader is LoaderKind.DALI:
                 raise InputError(
                     f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto"
                 ) from why
             warnings.warn(f"{self.model_name}: using the reference loader: {why}", stacklevel=2)
             return ReferenceLoader(**common)
+        if self.loader is LoaderKind.REFERENCE:
+            return ReferenceLoader(preprocessing=preprocessing, mode=preprocessing.mode, **common)
         decode = Decode.FAST if kind == "cuda" and self.decode == "fast" else Decode.EXACT
         return DaliLoader(preprocessing=preprocessing, decode=decode, **common)
 

@@ -53,7 +53,9 @@ class Crop:
     @property
     def caption(self) -> str:
         """What the picture shows, in words."""
-        return f"a crop of {self.source}{', mirrored' if self.mirrored else ''}, {self.size[0]} by {self.size[1]} pixels"
+        return (
+            f"a crop of {self.source}{', mirrored' if self.mirrored else ''}, {self.size[0]} by {self.size[1]} pixels"
+        )
 
     def metadata(self) -> dict[str, Any]:
         """The sample's json member."""

@@ -14,14 +14,14 @@ from flows.config import EmbedConfig, OnError
 from flows.progress import Progress, Silent
 from flows.server import has_server, prefect_server
 from flows.work import Work, handed_over, merge_options, prepare, received
-from tasks.cluster import choose_workers, task_runner
+from tasks.cluster import choose_workers, main_module_hidden, task_runner
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
 from tasks.index import index_shards
 from tasks.merge import SHARDS_A_TASK as SHARDS_A_MERGE
 from tasks.merge import merge_shards
 from tasks.plan import Plan, group_shards, make_plan
-from tasks.report import Manifest, account, write_manifest
+from tasks.report import Manifest, Spent, account, write_manifest
 from tasks.shards import Shard
 
 
@@ -59,10 +59,10 @@ def embed_dataset(
 
 def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
     """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run."""
-    started = time.monotonic()
     work = prepare(config, embedder)
     if not work.anything and not has_server():
-        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, time.monotonic() - started, 0)
+        spent = Spent(time.monotonic() - work.started)
+        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)
         write_manifest(manifest)
         progress.found(work.plan)
         return manifest
@@ -86,21 +86,21 @@ def embed(config: EmbedConfig) -> Manifest:
 
     :raises RunFailed: some shards failed after their retries; a second run does only those.
     """
-    started = time.monotonic()
     work, progress = received() or (prepare(config, None), Silent())
     progress.found(work.plan)
     workers = choose_workers(work.device, config.workers, len(work.plan.to_embed) or len(work.plan.to_merge))
     failures: dict[str, ShardFailure] = {}
-    plan = work.plan
+    plan, first = work.plan, 0.0
     if work.anything:
-        with task_runner(work.device, workers, config.scheduler) as runner, progress:
-            _embed_all(runner, work, config, workers, progress, failures)
+        with main_module_hidden(), task_runner(work.device, workers, config.scheduler) as runner, progress:
+            first = _embed_all(runner, work, config, workers, progress, failures)
             plan = _plan_again(work, config)
             _merge_all(runner, plan, work, config, failures)
         plan = _plan_again(work, config)
     fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
     cached = len(work.plan.embedded)
-    manifest = account(plan, cached, list(failures.values()), work.fingerprint, time.monotonic() - started, fresh)
+    spent = Spent(time.monotonic() - work.started, first)
+    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh)
     write_manifest(manifest)
     if manifest.shards_failed:
         raise RunFailed(manifest)
@@ -115,8 +115,8 @@ def _plan_again(work: Work, config: EmbedConfig) -> Plan:
 
 def _embed_all(
     runner: Any, work: Work, config: EmbedConfig, workers: int, progress: Progress, failures: dict[str, ShardFailure]
-) -> None:
-    """Index and embed every missing shard; a group is embedded as soon as it is indexed."""
+) -> float:
+    """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
     options = EmbedOptions(config.id_col, work.device, config.on_error is OnError.RAISE)
     futures = []
     for group in group_shards(work.plan.to_embed, workers):
@@ -127,8 +127,11 @@ def _embed_all(
             indexed = [runner.submit(index_shards, parameters=parameters)]
         parameters = {"shards": group, "embedder": work.embedder, "options": options, "span": span(group)}
         futures.append(runner.submit(embed_shards, parameters=parameters, wait_for=indexed))
+    first = 0.0
     for records in _drain(futures, failures):
+        first = first or time.monotonic() - work.started
         progress.embedded(records)
+    return first
 
 
 def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:

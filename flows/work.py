@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Work:
     fingerprint: dict[str, Any]
     device: str
     plan: Plan
+    started: float
 
     @property
     def anything(self) -> bool:
@@ -41,6 +43,7 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
 
     :raises InputError: says what is wrong and what to do.
     """
+    started = time.monotonic()
     shards = find_shards(config.dataset, config.output)
     device = "auto" if config.scheduler else choose_device(config.device)
     embedder = embedder if embedder is not None else config.build_embedder()
@@ -48,7 +51,7 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     fingerprint = embedder.fingerprint()
     plan = make_plan(shards, digest(fingerprint), merge_options(config, embedder), overwrite=config.overwrite)
     _check_inputs(plan.to_embed, config)
-    return Work(embedder, fingerprint, device, plan)
+    return Work(embedder, fingerprint, device, plan, started)
 
 
 def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from embedders.errors import InputError
@@ -52,6 +55,27 @@ def choose_workers(device: str, workers: int | None, shards: int) -> int:
     """How many worker processes: one a GPU; on the CPU one for every four cores, never more than shards."""
     default = count_gpus() if device == "cuda" else max(1, available_cores() // 4)
     return max(1, min(workers or default, shards))
+
+
+@contextlib.contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Let worker processes start without running the user's script again.
+
+    multiprocessing's spawn re-runs the parent's main module in every child, which a script without the
+    `if __name__ == "__main__"` guard does not survive. Workers need nothing of it: what a script defines reaches
+    them by value, through cloudpickle.
+    """
+    main = sys.modules["__main__"]
+    names = ("__file__", "__spec__")
+    hidden = {name: getattr(main, name) for name in names if hasattr(main, name)}
+    main.__spec__ = None
+    if "__file__" in hidden:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
 
 
 def task_runner(device: str, workers: int, scheduler: str | None) -> DaskTaskRunner:

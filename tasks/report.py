@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,6 +16,14 @@ from tasks.plan import Plan
 from tasks.storage import Folder
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds from the start of a run to its end, and to its first group of shards; 0 where there was none."""
+
+    total: float
+    first: float = 0.0
 
 
 class Manifest(BaseModel):
@@ -28,6 +37,7 @@ class Manifest(BaseModel):
     shards_failed: int
     images_per_second: float = Field(description="Samples of this run by its whole time.")
     seconds: float
+    seconds_to_first: float = Field(0.0, description="From the start to the first finished group of shards.")
     dimensions: int
     model: str
     output: str
@@ -41,7 +51,7 @@ class Manifest(BaseModel):
 
 
 def account(
-    plan: Plan, cached: int, failures: Sequence[ShardFailure], embedder: Mapping[str, Any], seconds: float, fresh: int
+    plan: Plan, cached: int, failures: Sequence[ShardFailure], embedder: Mapping[str, Any], spent: Spent, fresh: int
 ) -> Manifest:
     """The manifest of a plan read after the work.
 
@@ -57,8 +67,9 @@ def account(
         shards=len(plan.shards),
         shards_cached=cached,
         shards_failed=len(plan.to_embed) + len(plan.to_merge),
-        images_per_second=round(fresh / seconds, 1) if seconds else 0.0,
-        seconds=round(seconds, 2),
+        images_per_second=round(fresh / spent.total, 1),
+        seconds=round(spent.total, 2),
+        seconds_to_first=round(spent.first, 2),
         dimensions=max((record.dimensions for record in records), default=0),
         model=str(embedder.get("model", embedder.get("embedder", ""))),
         output=plan.shards[0].output,

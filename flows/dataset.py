@@ -1,0 +1,152 @@
+"""The form that users of NeMo Curator 0.9 know: a client, a dataset, an embedder, `save_metadata()`.
+
+A thin face over `flows.embed.embed_dataset`: only the imports of a script change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import pyarrow.parquet as pq
+
+from embedders.base import ImageEmbedder
+from embedders.errors import InputError
+from flows.embed import RunFailed, embed_dataset
+from tasks.embed import write_vectors
+from tasks.report import Manifest
+from tasks.storage import Folder
+
+WORK_FOLDER = ".shard-embed"
+"""Where `save_metadata` keeps embeddings and quarantine, inside the folder it writes to; not listed as shards."""
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """What `get_client` was asked for. Workers start with the run, and end with it."""
+
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    workers: int | None = None
+    scheduler: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left open between runs."""
+
+
+_client = ClientSettings()
+
+
+def get_client(
+    cluster_type: Literal["gpu", "cpu"] = "cpu",
+    n_workers: int | None = None,
+    scheduler_address: str | None = None,
+    **options: Any,
+) -> ClientSettings:
+    """Choose where the datasets of this process are embedded.
+
+    :param cluster_type: "gpu": one worker a GPU; "cpu": processes.
+    :param n_workers: worker processes.
+    :param scheduler_address: a Dask scheduler to use instead.
+    :raises InputError: another cluster type, or an option that has no meaning here.
+    """
+    global _client
+    if cluster_type not in ("gpu", "cpu"):
+        raise InputError(f"cluster_type is {cluster_type!r}; give 'gpu' or 'cpu'")
+    if options:
+        raise InputError(
+            f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/cluster.py"
+        )
+    _client = ClientSettings(cluster_type, n_workers, scheduler_address)
+    return _client
+
+
+@dataclass(frozen=True)
+class ImageTextPairDataset:
+    """A WebDataset folder, and the embedders its metadata is to be given columns by."""
+
+    path: str
+    id_col: str = "key"
+    embedders: tuple[ImageEmbedder, ...] = field(default=())
+
+    @classmethod
+    def from_webdataset(cls, path: str | os.PathLike[str], id_col: str) -> Self:
+        """A dataset of .tar shards with their metadata Parquets beside them; nothing is read yet."""
+        return cls(os.fspath(path).rstrip("/"), id_col)
+
+    def embed_with(self, embedder: ImageEmbedder) -> Self:
+        """The same dataset with one more embedding column to come; lazy."""
+        return replace(self, embedders=(*self.embedders, embedder))
+
+    def save_metadata(
+        self, path: str | os.PathLike[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Manifest:
+        """Run the flow and write each shard's metadata with its new columns, file by file, each whole or not at all.
+
+        Every row of the metadata is kept; where an image could not be embedded, its vector is null.
+
+        :param path: the folder to write to; by default the Parquets beside the tars are replaced.
+        :param columns: the columns to keep, with a path; by default all.
+        :return: the account of the last embedder's run.
+        :raises InputError: no embedder, an unknown column, or bad input; no metadata is written then.
+        :raises RunFailed: some shards failed; the metadata of the others is written.
+        """
+        if not self.embedders:
+            raise InputError("this dataset has no embedder yet: with_embeddings = embedder(dataset)")
+        if len(self.embedders) > 1:
+            raise InputError("one embedder a call: save_metadata() after each, then the next one")
+        target = Folder(self.path if path is None else os.fspath(path).rstrip("/"))
+        if columns is not None:
+            self._check_columns(columns, in_place=path is None)
+        work = f"{target.url}/{WORK_FOLDER}/{self.embedders[0].image_embedding_column}"
+        manifest = embed_dataset(
+            self.path,
+            work,
+            self.embedders[0],
+            id_col=self.id_col,
+            on_error="null",  # these files take the place of the user's own: no row may go
+            device=_client.device,
+            workers=_client.workers,
+            scheduler=_client.scheduler,
+        )
+        _publish(Folder(work), target, self.embedders[0].image_embedding_column, columns)
+        if manifest.shards_failed:
+            raise RunFailed(manifest)
+        return manifest
+
+    def _check_columns(self, columns: Sequence[str], *, in_place: bool) -> None:
+        if in_place:
+            raise InputError("columns without a path would delete the other columns beside the tars; give a path")
+        folder = Folder(self.path)
+        for found in folder.list(".parquet")[:1]:
+            with folder.open(found.name) as file:
+                known = [*pq.read_schema(file).names, self.embedders[0].image_embedding_column]
+            unknown = [name for name in columns if name not in known]
+            if unknown:
+                raise InputError(f"{self.path}: no column {', '.join(unknown)}; there are {', '.join(known)}")
+
+
+def _publish(work: Folder, target: Folder, column: str, columns: Sequence[str] | None) -> None:
+    """Write the merged files of a run where the user wants them."""
+    merged = Folder(f"{work.url}/metadata")
+    for found in merged.list(".parquet"):
+        with merged.open(found.name) as file:
+            table = pq.read_table(file, columns=None if columns is None else list(columns))
+
+        def save(local: str, table: Any = table) -> None:
+            if column in table.column_names:
+                write_vectors(table, local, column)
+            else:
+                pq.write_table(table, local, compression="zstd")
+
+        target.write(found.name, save)
