@@ -1,0 +1,141 @@
+"""The command line: what it prints, what it leaves, how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.cli import main
+
+TINY = ("--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu")
+
+
+def fails(capsys: pytest.CaptureFixture[str], output: Path, *arguments: object) -> str:
+    """Run a wrong call in this process; its one line, once it has left nothing behind."""
+    assert main([*map(str, arguments), "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert not output.exists()
+    return captured.err
+
+
+@pytest.fixture
+def dataset(demo_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of two of the demo's shards, to be spoilt."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("00000", "00001"):
+        shutil.copy(demo_dataset / f"{name}.tar", folder)
+        shutil.copy(demo_dataset / f"{name}.parquet", folder)
+    return folder
+
+
+def test_no_such_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no such folder" in fails(capsys, tmp_path / "out", tmp_path / "nothing")
+
+
+def test_no_tars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    assert "no .tar files" in fails(capsys, tmp_path / "out", tmp_path / "data")
+
+
+def test_unknown_model_names_the_closest(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
+    line = fails(capsys, tmp_path / "out", dataset, "--model-name", "tf_efficientnet_lite")
+    assert "tf_efficientnet_lite0" in line or "tf_efficientnet_lite4" in line
+
+
+def test_weights_out_of_reach_name_the_ways_out(
+    capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    line = fails(capsys, tmp_path / "out", dataset, "--model-name", f"local-dir:{tmp_path}")
+    assert "local-dir" in line
+    line = fails(capsys, tmp_path / "out", dataset, "--checkpoint", tmp_path / "no.safetensors")
+    assert "no checkpoint file" in line
+
+
+def test_missing_id_column_names_the_columns(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
+    line = fails(capsys, tmp_path / "out", dataset, *TINY, "--id-col", "uid")
+    assert "'uid'" in line
+    assert "key, caption, source" in line
+
+
+def test_repeated_id_is_named(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
+    table = pq.read_table(dataset / "00001.parquet")
+    pq.write_table(pa.concat_tables([table, table.slice(5, 1)]), dataset / "00001.parquet")
+    line = fails(capsys, tmp_path / "out", dataset, *TINY)
+    assert repr(table["key"][5].as_py()) in line
+    assert "00001.parquet" in line
+
+
+def test_ids_of_another_dataset_are_refused(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
+    table = pq.read_table(dataset / "00000.parquet")
+    others = pa.array([f"other-{i}" for i in range(len(table))])
+    pq.write_table(table.set_column(0, "key", others), dataset / "00000.parquet")
+    assert "none of its ids" in fails(capsys, tmp_path / "out", dataset, *TINY)
+
+
+def test_metadata_that_is_no_parquet(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
+    (dataset / "00000.parquet").write_text("no Parquet")
+    assert "not readable as Parquet" in fails(capsys, tmp_path / "out", dataset, *TINY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--batch-size", "0"], "--batch-size"),
+        (["--on-error", "ignore"], "'quarantine', 'null' or 'raise'"),
+        (["--wrokers", "2"], "--workers"),
+        (["--embedder", "no_such_module:Class"], "no_such_module"),
+        (["--device", "gpu"], "no GPU"),
+    ],
+)
+def test_wrong_options(
+    capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    assert says in fails(capsys, tmp_path / "out", dataset, *arguments)
+
+
+def test_json_is_all_there_is_on_stdout(
+    command: Callable[..., object], dataset: Path, tmp_path: Path
+) -> None:
+    """A run with no server configured: it starts one, and leaves neither it nor a worker behind."""
+    output = tmp_path / "out"
+    done = command(dataset, "--output", output, *TINY, "--json", "--workers", 2, PREFECT_HOME=str(tmp_path / "prefect"))
+    assert done.status == 0, done.stderr
+    assert {
+        "samples": 128,
+        "embedded": 127,
+        "quarantined": 1,
+        "shards": 2,
+        "shards_cached": 0,
+        "shards_failed": 0,
+        "dimensions": 64,
+        "model": "test_vit.r160_in1k",
+        "output": str(output),
+    }.items() <= done.manifest.items()
+    assert done.manifest["images_per_second"] > 0
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in left
+    again = command(dataset, "--output", output, *TINY, "--json")
+    assert (again.status, again.manifest["shards_cached"]) == (0, 2)
+
+
+def test_another_model_is_refused_unless_told(
+    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    call = [str(dataset), "--output", str(tmp_path / "out"), "--no-pretrained", "--device", "cpu", "--quiet"]
+    assert main([*call, "--model-name", "test_vit.r160_in1k"]) == 0
+    other = [*call, "--model-name", "test_efficientnet.r160_in1k"]
+    capsys.readouterr()
+    assert main(other) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*other, "--overwrite"]) == 0
+    column = pq.read_table(tmp_path / "out/metadata")["image_embedding"]
+    assert len(column[0]) == 256
