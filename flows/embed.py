@@ -97,6 +97,8 @@ def embed(config: EmbedConfig) -> Manifest:
             plan = _plan_again(work, config)
             _merge_all(runner, plan, work, config, failures)
         plan = _plan_again(work, config)
+    for shard in [*plan.to_embed, *plan.to_merge]:
+        failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
     fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
     cached = len(work.plan.embedded)
     spent = Spent(time.monotonic() - work.started, first)
@@ -117,7 +119,7 @@ def _embed_all(
     runner: Any, work: Work, config: EmbedConfig, workers: int, progress: Progress, failures: dict[str, ShardFailure]
 ) -> float:
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
-    options = EmbedOptions(config.id_col, work.device, config.on_error is OnError.RAISE)
+    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, config.on_error is OnError.RAISE)
     futures = []
     for group in group_shards(work.plan.to_embed, workers):
         indexed = []

@@ -41,8 +41,10 @@ def prefect_server() -> Iterator[None]:
                 _environment({"PREFECT_API_URL": server.api_url}),
                 temporary_settings({PREFECT_API_URL: server.api_url}),
             ):
-                yield
-                APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
+                try:
+                    yield
+                finally:
+                    APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
         finally:
             server.stop()
 

@@ -34,9 +34,14 @@ ROWS_A_GROUP = 8192
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What an embedding task needs beside shards and embedder. `device` is "cuda", "cpu" or "auto"."""
+    """What an embedding task needs beside shards and embedder.
+
+    `fingerprint` is the digest of the embedder's fingerprint as the planner took it: a worker cannot take it again,
+    since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto".
+    """
 
     id_col: str
+    fingerprint: str
     device: str = "auto"
     raise_on_bad_image: bool = False
 
@@ -45,10 +50,10 @@ _engines: dict[str, Engine] = {}
 _one_at_a_time = threading.Lock()
 
 
-def worker_engine(embedder: ImageEmbedder, device: str) -> Engine:
+def worker_engine(embedder: ImageEmbedder, fingerprint: str, device: str) -> Engine:
     """This process's engine for an embedder: made once, kept until another one is asked for."""
     public = {k: repr(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
-    name = digest([embedder.fingerprint(), public, device])
+    name = digest([fingerprint, public, device])
     if name not in _engines:
         _engines.clear()  # a worker's memory has room for one model
         _engines[name] = Engine(embedder, device)
@@ -83,7 +88,6 @@ class _GroupRun:
     def __init__(self, embedder: ImageEmbedder, options: EmbedOptions) -> None:
         self.embedder = embedder
         self.options = options
-        self.digest = digest(embedder.fingerprint())
         self.records: list[EmbeddingRecord] = []
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
@@ -93,7 +97,7 @@ class _GroupRun:
         with ThreadPoolExecutor(1, "write") as writer:
             writes: list[Future[None]] = []
             try:
-                engine = worker_engine(self.embedder, resolve_device(self.options.device))
+                engine = worker_engine(self.embedder, self.options.fingerprint, resolve_device(self.options.device))
                 for embedded in engine.embed(read_ahead(self._opened(shards))):
                     writes.append(writer.submit(self._write, embedded))
                     if len(writes) > 2:  # do not run ahead of the disk
@@ -108,7 +112,7 @@ class _GroupRun:
 
     def _opened(self, shards: Sequence[Shard]) -> Iterator[OpenShard]:
         for shard in shards:
-            key = embedding_key(shard, self.digest, self.options.id_col)
+            key = embedding_key(shard, self.options.fingerprint, self.options.id_col)
             done = read_embedding_record(shard.target, shard.embeddings_file)
             if done is not None and done.key == key:  # a retry: an earlier try got this far
                 self.records.append(done)
@@ -134,7 +138,7 @@ class _GroupRun:
                     raise MalformedShard(
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
-                self.records.append(write_embeddings(shard, embedded, self.embedder, self.digest))
+                self.records.append(write_embeddings(shard, embedded, self.embedder, self.options.fingerprint))
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
@@ -143,7 +147,10 @@ class _GroupRun:
             stack.close()
         keys = {record.key for record in self.records}
         for shard in shards:
-            if shard.name not in self.failures and embedding_key(shard, self.digest, self.options.id_col) not in keys:
+            if (
+                shard.name not in self.failures
+                and embedding_key(shard, self.options.fingerprint, self.options.id_col) not in keys
+            ):
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
 

@@ -102,9 +102,7 @@ def test_wrong_options(
     assert says in fails(capsys, tmp_path / "out", dataset, *arguments)
 
 
-def test_json_is_all_there_is_on_stdout(
-    command: Callable[..., object], dataset: Path, tmp_path: Path
-) -> None:
+def test_json_is_all_there_is_on_stdout(command: Callable[..., object], dataset: Path, tmp_path: Path) -> None:
     """A run with no server configured: it starts one, and leaves neither it nor a worker behind."""
     output = tmp_path / "out"
     done = command(dataset, "--output", output, *TINY, "--json", "--workers", 2, PREFECT_HOME=str(tmp_path / "prefect"))

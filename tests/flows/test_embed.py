@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +134,20 @@ def test_the_dataset_opens_in_pandas(dali: tuple[Path, Manifest]) -> None:
     assert np.allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def pristine(server: str, demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the demo's shards in data/, embedded by a tiny model into out/."""
+    folder = tmp_path_factory.mktemp("pristine")
+    shutil.copytree(demo_dataset, folder / "data")
+    assert embed_tiny(folder / "data", folder / "out").shards_failed == 0
+    return folder
+
+
 @pytest.fixture
-def small(server: str, demo_dataset: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A dataset of the demo's shards that a test may change, and its output, embedded by a tiny model."""
-    dataset, output = tmp_path / "data", tmp_path / "out"
-    dataset.mkdir()
-    for path in [*demo_dataset.glob("*.tar"), *demo_dataset.glob("*.parquet")]:
-        shutil.copy2(path, dataset)
-    assert embed_tiny(dataset, output).shards_failed == 0
-    return dataset, output
+def small(pristine: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A dataset that a test may change, and what was made of it."""
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "data", tmp_path / "out"
 
 
 def embed_tiny(dataset: Path, output: Path, **parameters: Any) -> Manifest:
