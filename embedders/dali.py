@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 DEPTH = 3
 """Batches in the pipeline at once: one being waited for, the others decoding while the caller computes."""
 
+HARDWARE_SHARE = 0.65
+"""The part of a batch that goes to the GPU's JPEG decoder; the rest goes to its other cores, at the same time."""
+
 
 class Decode(enum.StrEnum):
     """Who decodes JPEGs."""
@@ -363,7 +366,8 @@ def _pipeline(
     def decoded() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         where = "mixed" if decode is Decode.FAST else "cpu"
-        images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False)
+        share = {"hw_decoder_load": HARDWARE_SHARE} if decode is Decode.FAST else {}
+        images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False, **share)
         return images.gpu() if on_gpu and decode is Decode.EXACT else images
 
     pipeline = make_pipeline(

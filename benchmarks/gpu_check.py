@@ -1,0 +1,248 @@
+"""What only a GPU can show, checked in one go: decoders, fidelity, the account, the whole flow, the merge on cuDF.
+
+    python -m benchmarks.gpu_check [--checkpoint tf_efficientnet_lite0.safetensors] [--photos FOLDER]
+
+Installs nothing and needs no network. The last lines are a table; the exit status is 1 if a line of it says FAILED.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.throughput import _crop, load_photographs, run_alone
+from tasks.cluster import count_gpus
+
+MODEL = "tf_efficientnet_lite0"
+PHOTOGRAPHS = 160
+LIMITS = {"exact": 0.9995, "fast": 0.985}
+"""The worst cosine to timm's float32 vector that passes; float16 weights included."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the table."""
+
+    what: str
+    passed: bool
+    found: str
+
+
+# --- the GPU tests ----------------------------------------------------------------------------------------------------
+
+
+def gpu_tests() -> list[Check]:
+    """pytest -m gpu on the loaders."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/embedders/test_loaders.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    return [Check("pytest -m gpu, loaders", done.returncode == 0, last.strip("= "))]
+
+
+# --- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def fidelity(device: str, checkpoint: str | None, photographs: str | None) -> list[Check]:
+    """The embedder's vectors and pixels, each decoder in each precision, against timm's own float32 pipeline."""
+    images = load_photographs(photographs)
+    jpegs = [_crop(number, images) for number in range(PHOTOGRAPHS)]
+    pixels, vectors = timms_own(jpegs, device, checkpoint)
+    checks = []
+    for decode in ("exact", "fast") if device == "cuda" else ("exact",):
+        for autocast in (False, True) if device == "cuda" else (False,):
+            ours = embedded(jpegs, device, checkpoint, decode, autocast)
+            cosines = (ours[1] * vectors).sum(axis=1)
+            levels = np.abs(ours[0] - pixels)
+            found = (
+                f"cosine mean {cosines.mean():.6f}, 1st percentile {np.percentile(cosines, 1):.5f}, "
+                f"worst {cosines.min():.5f}; pixels {levels.mean():.3f} of 255"
+            )
+            precision = "float16" if autocast else "float32"
+            checks.append(Check(f"{decode}, {precision}, to timm's", cosines.min() > LIMITS[decode], found))
+    return checks
+
+
+def timms_own(jpegs: Sequence[bytes], device: str, checkpoint: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pillow, timm's transform and timm's model in float32: pixels in levels of 255, and vectors of length 1."""
+    import io
+
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, checkpoint_path=checkpoint or "").eval().to(device)
+    config = resolve_data_config(model=model)
+    transform = create_transform(**config)
+    batch = torch.stack([transform(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
+    with torch.inference_mode():
+        features = model.forward_head(model.forward_features(batch.to(device)), pre_logits=True)
+        vectors = torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
+    return to_levels(batch, config), vectors
+
+
+def embedded(
+    jpegs: Sequence[bytes], device: str, checkpoint: str | None, decode: str, autocast: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same from TimmImageEmbedder."""
+    from embedders import TimmImageEmbedder
+    from embedders.loader import Encoded
+
+    embedder = TimmImageEmbedder(
+        MODEL,
+        pretrained=checkpoint is not None,
+        checkpoint=checkpoint,
+        batch_size=64,
+        decode=decode,
+        loader="dali",
+        autocast=autocast,
+    )
+    model = embedder.load_embedding_model(device)
+    samples = [Encoded(i, np.frombuffer(jpeg, np.uint8)) for i, jpeg in enumerate(jpegs)]
+    pixels, vectors = {}, {}
+    loader = embedder._open_loader(device)
+    with torch.inference_mode():
+        for batch in loader.batches(samples):
+            rows = model(batch.images).cpu().numpy()
+            levels = to_levels(batch.images, embedder.data_config)
+            pixels.update(zip(batch.tags, levels, strict=True))
+            vectors.update(zip(batch.tags, rows, strict=True))
+    loader.close()
+    order = range(len(jpegs))
+    return np.stack([pixels[i] for i in order]), np.stack([vectors[i] for i in order])
+
+
+def to_levels(batch: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
+    """Normalised images as levels of 255, float32."""
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return np.asarray((batch.float().cpu() * std + mean) * 255)
+
+
+# --- the flow ---------------------------------------------------------------------------------------------------------
+
+
+def flow(device: str, checkpoint: str | None, folder: str) -> list[Check]:
+    """embed_dataset with damaged images in the dataset, then again, then with null rows."""
+    from embedders import TimmImageEmbedder
+    from flows.demo_data import BROKEN, build_dataset
+    from flows.embed import embed_dataset
+
+    build_dataset(Path(folder, "dataset"), shards=4, samples=64)
+
+    def run(**parameters: Any) -> Any:
+        embedder = TimmImageEmbedder(MODEL, pretrained=checkpoint is not None, checkpoint=checkpoint)
+        where = "gpu" if device == "cuda" else "cpu"
+        return embed_dataset(f"{folder}/dataset", f"{folder}/output", embedder, device=where, **parameters)
+
+    first = run()
+    context = has_cuda_context()
+    good = 4 * 64 - len(BROKEN)
+    account = f"{first.samples} = {first.embedded} + {first.quarantined} {first.quarantined_by_reason}"
+    failures = f", {first.failures}" if first.failures else ""
+    checks = [
+        Check("the flow's account", (first.embedded, first.shards_failed) == (good, 0), account + failures),
+        Check("the flow's parent opens no CUDA context", not context, "a context" if context else "none"),
+        Check("merged rows", first.rows == good, f"{first.rows}, {first.seconds} s"),
+    ]
+    again = run()
+    checks.append(Check("a second run does nothing", again.shards_cached == 4, f"{again.seconds} s"))
+    null = run(on_error="null")
+    checks.append(Check("rows with a null", null.rows == good + len(BROKEN), f"{null.rows} rows, {null.failures}"))
+    return checks
+
+
+def has_cuda_context() -> bool:
+    """Whether this process has a CUDA context on its first GPU; asking opens none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)):
+        return False
+    return bool(active.value)
+
+
+def readers(folder: str) -> list[Check]:
+    """cuDF and dask-cudf on what the flow wrote, the vectors as one matrix."""
+    import cudf
+    import dask_cudf
+
+    path = f"{folder}/output/metadata"
+    frame = cudf.read_parquet(f"{path}/00001.parquet")
+    column = frame["image_embedding"]
+    matrix = column.list.leaves.to_cupy().reshape(len(frame), -1)
+    norms = (matrix.astype("float64") ** 2).sum(axis=1) ** 0.5
+    whole = dask_cudf.read_parquet(path)
+    rows, nulls = len(whole), int(whole["image_embedding"].isnull().sum().compute())
+    return [
+        Check("cudf.read_parquet", float(abs(norms - 1).max()) < 1e-3, f"{column.dtype}, matrix {matrix.shape}"),
+        Check("dask_cudf.read_parquet", (rows, nulls) == (256, 2), f"{rows} rows, {nulls} of them null"),
+    ]
+
+
+def read_back(folder: str) -> list[Check]:
+    """pandas on what the flow wrote, for a machine without a GPU."""
+    import pandas as pd
+
+    frame = pd.read_parquet(f"{folder}/output/metadata")
+    nulls = int(frame["image_embedding"].isna().sum())
+    return [Check("pandas.read_parquet", (len(frame), nulls) == (256, 2), f"{len(frame)} rows, {nulls} of them null")]
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def attempt(what: str, function: Callable[..., list[Check]], *args: Any) -> list[Check]:
+    """The checks of a function in a process of its own; one that failed if it raised."""
+    result = run_alone(_with_traceback, function, args)
+    checks = [Check(what, False, result["error"].strip().splitlines()[-1])] if isinstance(result, dict) else result
+    for check in checks:
+        print(f"{'ok' if check.passed else 'FAILED'}: {check.what}: {check.found}", flush=True)
+    return checks
+
+
+def _with_traceback(function: Callable[..., list[Check]], args: tuple[Any, ...]) -> list[Check]:
+    try:
+        return function(*args)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run every check and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", help=f"trained weights of {MODEL}; random ones are a far weaker check")
+    parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    device = "cuda" if count_gpus() else "cpu"
+    checkpoint = args.checkpoint and os.path.abspath(args.checkpoint)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        checks = attempt("pytest -m gpu, loaders", gpu_tests) if device == "cuda" else []
+        checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
+        checks += attempt("flow", flow, device, checkpoint, folder)
+        checks += attempt("reading", readers if device == "cuda" else read_back, folder)
+    print("\n| check | | found |\n|---|---|---|")
+    for check in checks:
+        print(f"| {check.what} | {'ok' if check.passed else 'FAILED'} | {check.found} |")
+    return int(not all(check.passed for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
