@@ -29,6 +29,8 @@ INDEX_MARK = "shard-embed/1"
 """Stands in the first line of an index that this module wrote; other tools' indexes are not trusted to be complete."""
 
 _KEY = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$", re.DOTALL)
+_PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
+_PAX_SIZE = re.compile(r"[0-9]{1,20}")
 _REGULAR = frozenset(b"0\x007")
 _MAX_META = 1 << 20  # a long name or a PAX header larger than this is damage, not a name
 
@@ -87,7 +89,7 @@ def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> Tar
     for member in _members(data, where):
         match = _KEY.match(member.name)
         if member.type not in _REGULAR or match is None:
-            if member.type != ord("5"):  # a directory is no sample and nobody misses it
+            if member.type != ord("5") and not member.name.endswith("/"):  # nobody misses a directory; v7's end in "/"
                 ignored.append(member.name)
             continue
         key, extension = match.groups()
@@ -123,11 +125,17 @@ def _members(data: Any, where: str) -> Iterator[_Member]:
             long_name = _text(data[start : start + size])
         elif kind == ord("x"):
             pax = _pax_records(data[start : start + size], where, at)
+            if any(keyword.startswith("GNU.sparse.") for keyword in pax):
+                raise MalformedShard(f"{where}: unsupported sparse file at byte {at}; repack the shard")
         elif kind not in b"gK":
             name = pax.get("path") or long_name or _header_name(header)
             yield _Member(name, kind, start, size)
             long_name, pax = None, {}
         at = start + -(-size // BLOCK) * BLOCK
+    # A copy is often cut at a multiple of 512: only the mark at the end tells it from the whole.
+    raise MalformedShard(
+        f"{where}: cut short: no end-of-archive mark after byte {end:,}; copy it again from its source, or repack it"
+    )
 
 
 def _checked_size(header: bytes, where: str, at: int) -> int:
@@ -163,21 +171,23 @@ def _text(raw: bytes) -> str:
     return bytes(raw).split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _pax_records(raw: bytes, where: str, at: int) -> dict[str, str]:
-    """The `length keyword=value` records of a PAX header that matter here: path and size."""
-    records, rest = {}, bytes(raw)
-    while rest.strip(b"\0"):
-        length, space, _ = rest.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(rest):
+def _pax_records(data: bytes, where: str, at: int) -> dict[str, str]:
+    """The `length keyword=value` records of a PAX header."""
+    records: dict[str, str] = {}
+    raw, begin = bytes(data).rstrip(b"\0"), 0
+    while begin < len(raw):
+        match = _PAX_LENGTH.match(raw, begin)
+        stop = begin + int(match[1]) if match else 0
+        if match is None or not match.end() < stop <= len(raw):
             raise MalformedShard(f"{where}: a damaged PAX header at byte {at}; repack the shard")
-        keyword, _, value = rest[len(length) + 1 : int(length) - 1].partition(b"=")
+        keyword, _, value = raw[match.end() : stop - 1].partition(b"=")
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        rest = rest[int(length) :]
+        begin = stop
     return records
 
 
 def _pax_size(value: str, where: str, at: int) -> int:
-    if not value.isdigit():
+    if not _PAX_SIZE.fullmatch(value):
         raise MalformedShard(f"{where}: a PAX size that is no number at byte {at}; repack the shard")
     return int(value)
 
@@ -216,7 +226,7 @@ def parse_index(text: str, fingerprint: str) -> TarIndex | None:
             samples.append(Sample(key, components))
     except (ValueError, IndexError):
         return None
-    whole = text.endswith("\n") and len(samples) == int(head[1])
+    whole = text.endswith("\n") and head[:2] == ["v1.2", str(len(samples))]
     return TarIndex(tuple(samples)) if whole else None
 
 
@@ -287,7 +297,7 @@ def open_shard(path: str | os.PathLike[str], id_col: str = "key", index: TarInde
 def sample_id(sample: Sample, data: mmap.mmap, id_col: str) -> str:
     """A sample's id as text: its json's `id_col`, else its key."""
     value = sample_json(sample, data).get(id_col)
-    return sample.key if value is None else canonical_id(value)
+    return canonical_id(sample.key if value is None else value)
 
 
 def sample_json(sample: Sample, data: mmap.mmap) -> dict[str, Any]:
@@ -297,7 +307,7 @@ def sample_json(sample: Sample, data: mmap.mmap) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(data[component.offset : component.offset + component.size])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -306,4 +316,9 @@ def canonical_id(value: Any) -> str:
     """An id as the text that is compared: 12, 12.0 (an integer column that once held a null) and "12" are one id."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold, such as the bytes of a Latin-1 name, as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
