@@ -10,16 +10,26 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
-from embedders.loader import Rejected
-from embedders.webdataset import OpenShard
+from embedders.loader import Reason, Rejected
+from embedders.webdataset import OpenShard, printable
+
+if TYPE_CHECKING:
+    import torch
 
 IN_FLIGHT = 2
 """Batches whose vectors may still be on their way to the host while the next is computed."""
+
+
+class _Copying(NamedTuple):
+    """Vectors on their way from the GPU: `host` (pinned) holds them once `event` is through."""
+
+    host: torch.Tensor
+    event: torch.cuda.Event
 
 
 class QuarantinedSample(NamedTuple):
@@ -73,17 +83,24 @@ class Engine:
         self.model = embedder.load_embedding_model(device)
 
     def embed(self, shards: Iterable[OpenShard]) -> Iterator[EmbeddedShard]:
-        """Embed a stream of shards. Each is yielded once all its samples are accounted for, in no promised order."""
+        """Embed a stream of shards. Each is yielded once all its samples are accounted for, in no promised order.
+
+        The newest shard waits: a custom embedder may yet give a vector for a sample that has no image.
+        """
         opened: dict[int, _Pending] = {}
-        in_flight: deque[tuple[ShardBatch, Any]] = deque()
+        in_flight: deque[tuple[ShardBatch, Any, int]] = deque()
         for batch in self.embedder.batches(_watched(shards, opened), self.device):
-            in_flight.append((batch, self._forward(batch)))
+            in_flight.append((batch, self._forward(batch), max(opened)))
             if len(in_flight) >= IN_FLIGHT:
-                self._settle(*in_flight.popleft(), opened)
-                yield from _completed(opened)
+                *settled, newest = in_flight.popleft()
+                self._settle(*settled, opened)
+                yield from _completed(opened, newest)
         while in_flight:
-            self._settle(*in_flight.popleft(), opened)
-        yield from _completed(opened)
+            *settled, _ = in_flight.popleft()
+            self._settle(*settled, opened)
+        yield from _completed(opened, max(opened, default=0) + 1)
+        for pending in opened.values():
+            raise RuntimeError(f"{type(self.embedder).__name__}.batches left out samples of {pending.shard.path}")
 
     def _forward(self, batch: ShardBatch) -> Any:
         """The batch's vectors, on their way to the host; None for a batch without rows."""
@@ -102,7 +119,7 @@ class Engine:
             host.copy_(vectors, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            return host, event
+            return _Copying(host, event)
 
     def _split_when_out_of_memory(self, images: Any) -> Any:
         """Run the model, on halves of the batch if it does not fit: memory is no reason to lose a shard."""
@@ -126,9 +143,9 @@ class Engine:
             opened[row.shard].rejected.setdefault(row.sample, rejected)
         if vectors is None:
             return
-        if isinstance(vectors, tuple):
-            vectors, event = vectors
-            event.synchronize()
+        if isinstance(vectors, _Copying):
+            vectors.event.synchronize()
+            vectors = vectors.host
         matrix = np.asarray(vectors, dtype=np.float32)
         if matrix.ndim != 2 or len(matrix) != len(batch.rows):
             raise ValueError(
@@ -136,8 +153,13 @@ class Engine:
                 "load_embedding_model must return a callable that gives (n, dimensions)"
             )
         shard_of, sample_of = np.array(batch.rows, dtype=np.int64).T
+        finite = np.isfinite(matrix).all(axis=1)
+        for i in np.flatnonzero(~finite).tolist():
+            row = batch.rows[i]
+            rejected = Rejected(row, Reason.NOT_EMBEDDED, "the model gave NaN or infinity; float16 may be too narrow")
+            opened[row.shard].rejected.setdefault(row.sample, rejected)
         for number in np.unique(shard_of):
-            mine = shard_of == number
+            mine = (shard_of == number) & finite
             _scatter(opened[int(number)], sample_of[mine], matrix[mine])
 
 
@@ -151,17 +173,22 @@ def _watched(shards: Iterable[OpenShard], opened: dict[int, _Pending]) -> Iterat
 
 
 def _scatter(pending: _Pending, samples: np.ndarray, matrix: np.ndarray) -> None:
+    """Note the vectors of some samples; the first one of each counts."""
     if pending.vectors is None:
         pending.vectors = np.empty((len(pending.done), matrix.shape[1]), np.float32)
-    fresh = ~pending.done[samples]
+    if matrix.shape[1] != pending.vectors.shape[1]:
+        raise ValueError(f"the model gave {matrix.shape[1]} dimensions after {pending.vectors.shape[1]}")
+    samples, first = np.unique(samples, return_index=True)
+    matrix, fresh = matrix[first], ~pending.done[samples]
     for sample in samples[fresh]:
         pending.rejected.pop(int(sample), None)
     pending.vectors[samples[fresh]] = matrix[fresh]
     pending.done[samples[fresh]] = True
 
 
-def _completed(opened: dict[int, _Pending]) -> Iterator[EmbeddedShard]:
-    for number in [n for n, pending in opened.items() if pending.complete]:
+def _completed(opened: dict[int, _Pending], newest: int) -> Iterator[EmbeddedShard]:
+    """Take out the shards before the newest one whose samples are all accounted for."""
+    for number in [n for n, pending in opened.items() if n < newest and pending.complete]:
         yield _finish(opened.pop(number))
 
 
@@ -172,7 +199,7 @@ def _finish(pending: _Pending) -> EmbeddedShard:
         vectors = vectors[pending.done]
     ids = [sample_id for sample_id, done in zip(shard.ids, pending.done, strict=True) if done]
     quarantined = [
-        QuarantinedSample(shard.ids[i], _member(shard, i), str(r.reason), r.detail)
+        QuarantinedSample(shard.ids[i], printable(_member(shard, i)), str(r.reason), printable(r.detail))
         for i, r in sorted(pending.rejected.items())
     ]
     return EmbeddedShard(shard, ids, vectors, quarantined, time.monotonic() - pending.started)

@@ -36,7 +36,7 @@ class Reason(enum.StrEnum):
     DUPLICATE_ID = "duplicate_id"
     """An earlier sample of the shard has the same id."""
     NOT_EMBEDDED = "not_embedded"
-    """A custom embedder did not return a vector for the sample."""
+    """A custom embedder did not return a vector for the sample, or the model gave NaN or infinity."""
 
 
 class Encoded(NamedTuple):
