@@ -160,7 +160,7 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         import torch
 
-        model = self._create_model().eval().requires_grad_(False).to(device=device, dtype=self._dtype(device))
+        model = self.create_model().eval().requires_grad_(False).to(device=device, dtype=self._dtype(device))
         convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
         if convolutional:
             model = model.to(memory_format=torch.channels_last)
@@ -183,7 +183,11 @@ class TimmImageEmbedder(ImageEmbedder):
         """Images of a full batch on `device`."""
         return AUTO_BATCH_SIZE[device.partition(":")[0]] if self.batch_size == "auto" else self.batch_size
 
-    def _create_model(self) -> torch.nn.Module:
+    def create_model(self) -> torch.nn.Module:
+        """The model as timm makes it, on the CPU in float32, without its classifier.
+
+        :raises InputError: the checkpoint does not fit.
+        """
         import timm
         import torch
 
@@ -271,7 +275,8 @@ class CompiledLater:
 
     def __init__(self, model: torch.nn.Module, batch_size: int, after: float) -> None:
         """`after` is in seconds from the first call."""
-        self._model = self._run = model
+        self._model = model
+        self._run: Callable[[torch.Tensor], torch.Tensor] = model
         self._batch_size = batch_size
         self._after = after
         self._started: float | None = None

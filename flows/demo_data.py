@@ -79,7 +79,7 @@ def build_dataset(folder: Path, shards: int = 4, samples: int = 64, seed: int = 
     """
     photographs = {Path(name).stem: load_photograph(package, name) for package, name in PHOTOGRAPHS}
     generators = [np.random.default_rng([seed, shard]) for shard in range(shards)]
-    drawn = [[_draw(rng, photographs, s, i, samples) for i in range(samples)] for s, rng in enumerate(generators)]
+    drawn = [[draw_crop(rng, photographs, s, i, samples) for i in range(samples)] for s, rng in enumerate(generators)]
     _refuse_other_tars(folder, {f"{shard:05}.tar": crops for shard, crops in enumerate(drawn)})
     folder.mkdir(parents=True, exist_ok=True)
     for shard, (crops, rng) in enumerate(zip(drawn, generators, strict=True)):
@@ -131,7 +131,7 @@ def _holds(path: Path, crops: list[Crop]) -> bool:
         return False
 
 
-def _draw(rng: np.random.Generator, photographs: dict[str, Image.Image], shard: int, i: int, samples: int) -> Crop:
+def draw_crop(rng: np.random.Generator, photographs: dict[str, Image.Image], shard: int, i: int, samples: int) -> Crop:
     """Draw a crop: portrait or landscape, small or large, with one of the ways a web crawl stores a JPEG."""
     source = sorted(photographs)[int(rng.integers(len(photographs)))]
     width, height = photographs[source].size
