@@ -146,9 +146,9 @@ def read_embedding_record(folder: Folder, name: str) -> EmbeddingRecord | None:
     found = _read_record(folder, name)
     try:
         record = EmbeddingRecord(**found[0]) if found else None
-    except TypeError:  # written by another version, or foreign
+        return record if found and record and record.balanced and record.embedded == found[1] else None
+    except (AttributeError, TypeError):  # written by another version, or foreign
         return None
-    return record if found and record and record.balanced and record.embedded == found[1] else None
 
 
 def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:

@@ -87,7 +87,7 @@ class Folder:
     def read_text(self, name: str) -> str | None:
         """A small file's text, or None if it is not there."""
         try:
-            return str(self.fs.cat_file(self.path(name)).decode())
+            return str(self.fs.cat_file(self.path(name)).decode("utf-8", "surrogateescape"))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -117,7 +117,7 @@ class Folder:
         """Write a small file whole or not at all."""
 
         def save(path: str) -> None:
-            Path(path).write_text(text, errors="surrogateescape")
+            Path(path).write_text(text, "utf-8", "surrogateescape")
 
         self.write(name, save)
 
@@ -140,7 +140,17 @@ class Folder:
 
 def _fingerprint(info: dict[str, Any]) -> str:
     """Size and etag, or size and modification time: whichever the store keeps."""
-    for field in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated"):
+    for field in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "content_md5",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "created",
+    ):
         if info.get(field):
             return f"{info.get('size')}-{str(info[field]).strip(chr(34))}"
     return f"{info.get('size')}"

@@ -1,0 +1,88 @@
+"""What counts as done, and how the rest is split into tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedders.errors import InputError
+from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
+from tasks.shards import EmbeddingRecord, MergeRecord, Shard, embedding_key, merge_key, with_record
+
+OPTIONS = MergeOptions("key", "image_embedding")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Shard]:
+    """Three shards; all are embedded and merged, the last has a quarantined sample."""
+    made = [Shard(f"a/{n}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(3)]
+    for shard in made:
+        bad = {"empty": 1} if shard is made[2] else {}
+        key = embedding_key(shard, "e", "key")
+        write(shard, shard.embeddings_file, EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4))
+        write(shard, shard.merged_file, MergeRecord(merge_key(shard, key, OPTIONS.as_dict()), 2, 0, 0))
+    made[2].target.write_text(made[2].quarantine_file, "")
+    return made
+
+
+def write(shard: Shard, name: str, record: EmbeddingRecord | MergeRecord) -> None:
+    table = pa.table({"id": ["0", "1"]})
+    shard.target.write(name, lambda path: pq.write_table(table.cast(with_record(table.schema, record)), path))
+
+
+def left(plan: Plan) -> tuple[list[str], list[str]]:
+    return [shard.name for shard in plan.to_embed], [shard.name for shard in plan.to_merge]
+
+
+def test_what_is_done_is_not_planned(shards: list[Shard]) -> None:
+    assert left(make_plan(shards, "e", OPTIONS)) == ([], [])
+
+
+def test_an_empty_output_is_planned_whole(tmp_path: Path) -> None:
+    shards = [Shard(str(n), "/data", str(tmp_path / "new"), 10, "10-1", None) for n in range(3)]
+    assert left(make_plan(shards, "e", OPTIONS)) == (["0", "1", "2"], [])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "foreign", "of another tar", "without quarantine"])
+def test_a_shard_whose_files_do_not_hold_is_embedded_again(shards: list[Shard], damage: str) -> None:
+    path = Path(shards[2].target.path(shards[2].embeddings_file))
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "foreign":
+        pq.write_table(pa.table({"id": ["0", "1"]}), path)
+    elif damage == "of another tar":
+        shards[2] = replace(shards[2], tar_fingerprint="11-1")
+    else:
+        shards[2].target.remove(shards[2].quarantine_file)
+    assert left(make_plan(shards, "e", OPTIONS)) == (["a/2"], [])
+
+
+def test_a_changed_caption_or_option_merges_again_and_embeds_nothing(shards: list[Shard]) -> None:
+    changed = [replace(shards[0], metadata_fingerprint="20-9"), *shards[1:]]
+    assert left(make_plan(changed, "e", OPTIONS)) == ([], ["a/0"])
+    assert left(make_plan(shards, "e", replace(OPTIONS, null_rows=True))) == ([], ["a/0", "a/1", "a/2"])
+    shards[1].target.remove(shards[1].merged_file)
+    assert left(make_plan(shards, "e", OPTIONS)) == ([], ["a/1"])
+
+
+def test_another_embedders_output_is_refused_unless_told(shards: list[Shard]) -> None:
+    with pytest.raises(InputError, match="--overwrite"):
+        make_plan(shards, "f", OPTIONS)
+    assert left(make_plan(shards, "f", OPTIONS, overwrite=True)) == (["a/0", "a/1", "a/2"], [])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 12_345, 100_000])
+@pytest.mark.parametrize("workers", [0, 1, 8, 64])
+def test_groups_hold_every_shard_once(count: int, workers: int) -> None:
+    shards = [Shard(str(n), "/data", "/out", 1, "1", None) for n in range(count)]
+    groups = group_shards(shards, workers)
+    assert [shard for group in groups for shard in group] == shards
+    assert len(groups) <= MAX_TASKS
+    assert len(groups) >= min(count, workers)

@@ -1,0 +1,126 @@
+"""A key changes with all that its file depends on and with nothing else; a record is believed if it fits its file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedders.errors import InputError
+from tasks.shards import (
+    RECORD,
+    EmbeddingRecord,
+    MergeRecord,
+    Shard,
+    digest,
+    embedding_key,
+    find_shards,
+    merge_key,
+    read_embedding_record,
+    read_merge_record,
+    with_record,
+)
+from tasks.storage import Folder
+
+SHARD = Shard("a/00000", "/data", "/out", 10, "10-1.5", "20-2.5")
+EMBEDDED = EmbeddingRecord("k", "e", samples=3, embedded=2, quarantined={"empty": 1}, dimensions=4)
+MERGED = MergeRecord("k", rows=2, rows_without_embedding=1, embeddings_without_row=0)
+
+
+def write(folder: Path, record: EmbeddingRecord | MergeRecord, rows: int = 2) -> Folder:
+    table = pa.table({"id": [str(i) for i in range(rows)]})
+    pq.write_table(table.cast(with_record(table.schema, record)), folder / "0.parquet")
+    return Folder(str(folder))
+
+
+@pytest.mark.parametrize("change", [{"tar_fingerprint": "10-1.6"}, {"embedder": "f"}, {"id_col": "id"}])
+def test_the_embedding_key_follows_tar_embedder_and_id_column(change: dict[str, str]) -> None:
+    shard = replace(SHARD, **{k: v for k, v in change.items() if k == "tar_fingerprint"})
+    before = embedding_key(SHARD, "e", "key")
+    assert embedding_key(shard, change.get("embedder", "e"), change.get("id_col", "key")) != before
+
+
+def test_the_embedding_key_ignores_names_and_metadata() -> None:
+    other = replace(SHARD, name="b", dataset="s3://moved", output="/else", metadata_fingerprint="changed")
+    assert embedding_key(other, "e", "key") == embedding_key(SHARD, "e", "key")
+
+
+def test_the_merge_key_follows_metadata_embeddings_and_options() -> None:
+    captions = replace(SHARD, metadata_fingerprint="20-9.9")
+    keys = [
+        merge_key(SHARD, "k", {"null_rows": False}),
+        merge_key(captions, "k", {"null_rows": False}),
+        merge_key(replace(SHARD, metadata_fingerprint=None), "k", {"null_rows": False}),
+        merge_key(SHARD, "l", {"null_rows": False}),
+        merge_key(SHARD, "k", {"null_rows": True}),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_digest_ignores_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert len(digest("")) == 32
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    assert read_embedding_record(write(tmp_path, EMBEDDED), "0.parquet") == EMBEDDED
+    assert read_merge_record(write(tmp_path, MERGED), "0.parquet") == MERGED
+
+
+def test_a_record_that_does_not_fit_its_file_is_none(tmp_path: Path) -> None:
+    assert read_embedding_record(write(tmp_path, EMBEDDED, rows=1), "0.parquet") is None
+    assert read_embedding_record(write(tmp_path, replace(EMBEDDED, samples=9)), "0.parquet") is None
+    assert read_merge_record(write(tmp_path, MERGED, rows=3), "0.parquet") is None
+    assert read_merge_record(write(tmp_path, EMBEDDED), "0.parquet") is None
+    assert read_embedding_record(write(tmp_path, MERGED), "0.parquet") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b'{"version": 2}',
+        json.dumps(asdict(EMBEDDED) | {"quarantined": None}).encode(),
+        json.dumps(asdict(EMBEDDED) | {"quarantined": {"empty": "1"}}).encode(),
+    ],
+)
+def test_a_foreign_record_is_none(text: bytes, tmp_path: Path) -> None:
+    table = pa.table({"id": ["0", "1"]}).replace_schema_metadata({RECORD: text})
+    pq.write_table(table, tmp_path / "0.parquet")
+    assert read_embedding_record(Folder(str(tmp_path)), "0.parquet") is None
+    assert read_merge_record(Folder(str(tmp_path)), "0.parquet") is None
+
+
+def test_a_cut_or_missing_or_foreign_file_is_none(tmp_path: Path) -> None:
+    folder = write(tmp_path, EMBEDDED)
+    whole = (tmp_path / "0.parquet").read_bytes()
+    for content in [whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"<html>", b"PAR1PAR1"]:
+        (tmp_path / "0.parquet").write_bytes(content)
+        assert read_embedding_record(folder, "0.parquet") is None
+    assert read_embedding_record(folder, "1.parquet") is None
+
+
+def found(folder: Path) -> list[tuple[str, Any, str]]:
+    return [(s.name, s.metadata, s.tar) for s in find_shards(str(folder), "/out")]
+
+
+def test_shards_are_tars_with_the_parquet_beside_them(tmp_path: Path) -> None:
+    for name in ("b/0.tar", "b/0.parquet", "a.tar", "c.parquet", ".hidden.tar", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert found(tmp_path) == [("a", None, "a.tar"), ("b/0", "b/0.parquet", "b/0.tar")]
+
+
+def test_no_folder_and_no_tars_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \.tar files"):
+        find_shards(str(tmp_path), "/out")
+    with pytest.raises(InputError, match="no such folder"):
+        find_shards(str(tmp_path / "x"), "/out")

@@ -1,0 +1,95 @@
+"""Files are written whole or not at all, on a disk and in a store."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from embedders.errors import InputError
+from tasks.storage import Folder, in_bulk
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "new") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/new")
+
+
+def test_what_is_written_is_listed_and_read(folder: Folder) -> None:
+    folder.write_text("b/1.idx", "one")
+    folder.write("a/2.idx", lambda path: Path(path).write_bytes(b"\x00two") and None)
+    folder.write_text("a/3.txt", "three")
+    assert [(file.name, file.size) for file in folder.list(".idx")] == [("a/2.idx", 4), ("b/1.idx", 3)]
+    assert folder.read_text("b/1.idx") == "one"
+    with folder.open("a/2.idx") as file:
+        assert file.read() == b"\x00two"
+
+
+def test_a_missing_folder_is_empty(folder: Folder) -> None:
+    assert folder.list("") == []
+    assert not folder.exists()
+    assert folder.read_text("0.idx") is None
+    folder.remove("0.idx")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(folder: Folder) -> None:
+    def half(path: str) -> None:
+        Path(path).write_text("half")
+        raise OSError("disk full")
+
+    folder.write_text("0.idx", "whole")
+    with pytest.raises(OSError, match="disk full"):
+        folder.write("0.idx", half)
+    with pytest.raises(OSError, match="disk full"):
+        folder.write("1.idx", half)
+    assert folder.read_text("0.idx") == "whole"
+    assert list(folder.fs.find(folder.path(""), withdirs=False)) == [folder.path("0.idx")]
+
+
+def test_hidden_files_and_folders_are_left_out(folder: Folder) -> None:
+    for name in (".0.tar", "a/.1.tar", ".ipynb_checkpoints/2.tar", "a/3.tar"):
+        folder.write_text(name, "x")
+    assert [file.name for file in folder.list(".tar")] == ["a/3.tar"]
+
+
+def test_a_text_comes_back_with_any_bytes(folder: Folder) -> None:
+    folder.write_text("0.idx", "caf\udce9 日本")
+    assert folder.read_text("0.idx") == "caf\udce9 日本"
+    folder.write("1.idx", lambda path: Path(path).write_bytes(b"\xff\xfe\x00") and None)
+    assert folder.read_text("1.idx") == "\udcff\udcfe\x00"
+
+
+def test_a_fingerprint_follows_the_content(folder: Folder) -> None:
+    folder.write_text("0.tar", "one")
+    (before,) = folder.list(".tar")
+    assert folder.list(".tar") == [before]
+    folder.write_text("0.tar", "two")
+    if folder.is_local:
+        os.utime(folder.path("0.tar"), (1, 2))
+    assert folder.list(".tar")[0].fingerprint != before.fingerprint
+
+
+def test_a_local_copy_is_the_file_itself_or_goes_away(folder: Folder) -> None:
+    folder.write_text("a/0.tar", "data")
+    with folder.local_copy("a/0.tar") as path:
+        assert Path(path).read_text() == "data"
+        assert Path(path).name == "0.tar"
+    assert Path(path).exists() is folder.is_local
+
+
+def test_a_removed_file_is_gone(folder: Folder) -> None:
+    folder.write_text("0.idx", "x")
+    folder.remove("0.idx")
+    assert folder.list("") == []
+
+
+@pytest.mark.parametrize("url", ["nothere://x", "gibberish://"])
+def test_a_store_that_nobody_knows_is_named(url: str) -> None:
+    with pytest.raises(InputError, match=url):
+        Folder(url).list("")
+
+
+def test_bulk_work_keeps_its_order() -> None:
+    assert in_bulk(lambda n: n * n, range(100)) == [n * n for n in range(100)]
