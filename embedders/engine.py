@@ -92,12 +92,11 @@ class Engine:
         for batch in self.embedder.batches(_watched(shards, opened), self.device):
             in_flight.append((batch, self._forward(batch), max(opened)))
             if len(in_flight) >= IN_FLIGHT:
-                *settled, newest = in_flight.popleft()
-                self._settle(*settled, opened)
+                earlier, vectors, newest = in_flight.popleft()
+                self._settle(earlier, vectors, opened)
                 yield from _completed(opened, newest)
-        while in_flight:
-            *settled, _ = in_flight.popleft()
-            self._settle(*settled, opened)
+        for batch, vectors, _ in in_flight:
+            self._settle(batch, vectors, opened)
         yield from _completed(opened, max(opened, default=0) + 1)
         for pending in opened.values():
             raise RuntimeError(f"{type(self.embedder).__name__}.batches left out samples of {pending.shard.path}")
@@ -157,7 +156,8 @@ class Engine:
         for i in np.flatnonzero(~finite).tolist():
             row = batch.rows[i]
             rejected = Rejected(row, Reason.NOT_EMBEDDED, "the model gave NaN or infinity; float16 may be too narrow")
-            opened[row.shard].rejected.setdefault(row.sample, rejected)
+            if not opened[row.shard].done[row.sample]:
+                opened[row.shard].rejected.setdefault(row.sample, rejected)
         for number in np.unique(shard_of):
             mine = (shard_of == number) & finite
             _scatter(opened[int(number)], sample_of[mine], matrix[mine])

@@ -163,6 +163,13 @@ def test_nan_and_infinity_never_become_vectors(abc: OpenShard) -> None:
     assert [(q.id, q.reason) for q in found.quarantined] == [("b", "not_embedded"), ("c", "not_embedded")]
 
 
+def test_a_vector_after_or_before_nan_of_the_same_sample_counts(abc: OpenShard) -> None:
+    for values in ([1, 2, np.nan, 3], [np.nan, 2, 1, 3]):
+        pairs = [([values[0], values[1]], "ab"), ([values[2]], "a"), ([values[3]], "c")]
+        (found,) = embed(Told(pairs, lambda b: np.array(b)[:, None]), abc)
+        assert (found.vectors.ravel().tolist(), found.quarantined) == ([1, 2, 3], [])
+
+
 def test_metadata_without_the_id_column_is_refused(tmp_path: Path) -> None:
     shard = shard_of(tmp_path / "0.tar", {"a.png": b"1", "a.json": json.dumps({"id": 1}).encode()}, "id")
     with pytest.raises(InputError, match=r"Told.load_dataset_shard.*without the id column 'id'; it has \['key'\]"):
