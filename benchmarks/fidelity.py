@@ -59,7 +59,7 @@ def photographs(dataset: Path) -> list[np.ndarray]:
     for tar in sorted(dataset.glob("*.tar")):
         shard = open_shard(tar)
         for i, sample in enumerate(shard.index.samples):
-            image = sample.image()
+            image = shard.images[i]
             if image is None or i in shard.unusable:
                 continue
             data = shard.bytes_of(image)

@@ -199,12 +199,7 @@ def _finish(pending: _Pending) -> EmbeddedShard:
         vectors = vectors[pending.done]
     ids = [sample_id for sample_id, done in zip(shard.ids, pending.done, strict=True) if done]
     quarantined = [
-        QuarantinedSample(shard.ids[i], printable(_member(shard, i)), str(r.reason), printable(r.detail))
+        QuarantinedSample(shard.ids[i], printable(shard.member_of(i)), str(r.reason), printable(r.detail))
         for i, r in sorted(pending.rejected.items())
     ]
     return EmbeddedShard(shard, ids, vectors, quarantined, time.monotonic() - pending.started)
-
-
-def _member(shard: OpenShard, i: int) -> str:
-    sample = shard.index.samples[i]
-    return (sample.image() or sample.components[0]).name

@@ -23,6 +23,8 @@ class Reason(enum.StrEnum):
     """The image member has no bytes."""
     MISSING_IMAGE = "missing_image"
     """The sample has no image member."""
+    AMBIGUOUS_IMAGE = "ambiguous_image"
+    """The sample has several image members and none was chosen."""
     NOT_AN_IMAGE = "not_an_image"
     """The bytes are not those of any image format."""
     TRUNCATED = "truncated"

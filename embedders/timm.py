@@ -334,8 +334,7 @@ def _images_per_second(model: torch.nn.Module, images: torch.Tensor) -> float:
 def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
     """Every image of a stream of shards that is worth looking at."""
     for number, shard in enumerate(shards):
-        for i, sample in enumerate(shard.index.samples):
-            image = sample.image()
+        for i, image in enumerate(shard.images):
             if image is not None and i not in shard.unusable:
                 yield Encoded(Row(number, i), shard.bytes_of(image))
 

@@ -50,12 +50,11 @@ class Sample(NamedTuple):
     key: str
     components: tuple[Component, ...]
 
-    def image(self) -> Component | None:
-        """The first component whose last extension is an image's, in any case of letters."""
-        for component in self.components:
-            if component.extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                return component
-        return None
+    def images(self, extension: str | None = None) -> tuple[Component, ...]:
+        """The components that are images, by their last extension, or those of just this extension, in any case."""
+        if extension is not None:
+            return tuple(c for c in self.components if c.extension.lower() == extension.lower())
+        return tuple(c for c in self.components if c.extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
 
     def json(self) -> Component | None:
         """The sample's `.json` component."""
@@ -249,6 +248,18 @@ class OpenShard:
     index: TarIndex
     ids: tuple[str, ...]
     id_col: str
+    image_component: str | None = None
+
+    @functools.cached_property
+    def images(self) -> tuple[Component | None, ...]:
+        """The image of each sample: of several the one with the extension `image_component`, None if none is chosen."""
+        found = (sample.images(self.image_component) for sample in self.index.samples)
+        return tuple(images[0] if len(images) == 1 else None for images in found)
+
+    def member_of(self, i: int) -> str:
+        """The name of a sample's image in the tar, or of its first member where no image is chosen."""
+        image = self.images[i]
+        return (image or self.index.samples[i].components[0]).name
 
     def bytes_of(self, component: Component) -> np.ndarray:
         """The component's bytes as a 1-D uint8 view of the mapped file, not copied."""
@@ -256,15 +267,19 @@ class OpenShard:
 
     @functools.cached_property
     def unusable(self) -> dict[int, tuple[Reason, str]]:
-        """The samples that no loader need look at: no image, an empty one, or an id that was there before."""
+        """The samples that no loader need look at: no image, several, an empty one, or an id that was there before."""
         seen: dict[str, str] = {}
         found: dict[int, tuple[Reason, str]] = {}
         for i, (sample, sample_id) in enumerate(zip(self.index.samples, self.ids, strict=True)):
-            image = sample.image()
+            image = self.images[i]
             if sample_id in seen:
                 found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
             elif image is None:
-                found[i] = Reason.MISSING_IMAGE, "only " + ", ".join(c.extension for c in sample.components)
+                names = ", ".join(c.extension for c in sample.components)
+                if len(sample.images(self.image_component)) > 1:
+                    found[i] = Reason.AMBIGUOUS_IMAGE, f"several images among {names}; choose with --image-component"
+                else:
+                    found[i] = Reason.MISSING_IMAGE, f"only {names}"
             elif image.size == 0:
                 found[i] = Reason.EMPTY, "0 bytes"
             seen.setdefault(sample_id, sample.components[0].name)
@@ -283,15 +298,21 @@ def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:
             raise MalformedShard(f"{path}: an empty file is no tar; copy it again from its source") from error
 
 
-def open_shard(path: str | os.PathLike[str], id_col: str = "key", index: TarIndex | None = None) -> OpenShard:
+def open_shard(
+    path: str | os.PathLike[str],
+    id_col: str = "key",
+    index: TarIndex | None = None,
+    image_component: str | None = None,
+) -> OpenShard:
     """Map a local tar, index it unless that is done, and read its samples' ids.
 
+    :param image_component: the extension of the image to take where samples have several, such as `left.jpg`.
     :raises MalformedShard: it is not a tar or is damaged.
     """
     data = map_tar(path)
     index = read_tar(data, os.fspath(path)) if index is None else index
     ids = tuple(sample_id(sample, data, id_col) for sample in index.samples)
-    return OpenShard(os.fspath(path), data, index, ids, id_col)
+    return OpenShard(os.fspath(path), data, index, ids, id_col, image_component)
 
 
 def sample_id(sample: Sample, data: mmap.mmap, id_col: str) -> str:

@@ -27,7 +27,7 @@ class Colours(ImageEmbedder):
 
     def load_dataset_shard(self, tar_path: str) -> Pairs:
         shard = open_shard(tar_path)
-        samples = [sample for sample in shard.index.samples if (image := sample.image()) and image.size]
+        samples = [sample for sample in shard.index.samples if (images := sample.images()) and images[0].size]
         for at in range(0, len(samples), 3):
             chunk = samples[at : at + 3]
             images = [Image.open(io.BytesIO(shard.bytes_of(s.components[0]).tobytes())) for s in chunk]
