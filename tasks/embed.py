@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,6 +89,7 @@ class _GroupRun:
         self.embedder = embedder
         self.options = options
         self.records: list[EmbeddingRecord] = []
+        self.done: set[str] = set()
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
 
@@ -98,10 +99,11 @@ class _GroupRun:
             writes: list[Future[None]] = []
             try:
                 engine = worker_engine(self.embedder, self.options.fingerprint, resolve_device(self.options.device))
-                for embedded in engine.embed(read_ahead(self._opened(shards))):
-                    writes.append(writer.submit(self._write, embedded))
-                    if len(writes) > 2:  # do not run ahead of the disk
-                        writes.pop(0).result()
+                with contextlib.closing(read_ahead(self._opened(shards))) as opened:
+                    for embedded in engine.embed(opened):
+                        writes.append(writer.submit(self._write, embedded))
+                        if len(writes) > 2:  # do not run ahead of the disk
+                            writes.pop(0).result()
             except Exception as error:  # whatever it is, it fails these shards and no others
                 _engines.clear()
                 unfinished = error
@@ -115,7 +117,7 @@ class _GroupRun:
             key = embedding_key(shard, self.options.fingerprint, self.options.id_col)
             done = read_embedding_record(shard.target, shard.embeddings_file)
             if done is not None and done.key == key:  # a retry: an earlier try got this far
-                self.records.append(done)
+                self._note(shard, done)
                 continue
             stack = contextlib.ExitStack()
             try:
@@ -138,23 +140,23 @@ class _GroupRun:
                     raise MalformedShard(
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
-                self.records.append(write_embeddings(shard, embedded, self.embedder, self.options.fingerprint))
+                self._note(shard, write_embeddings(shard, embedded, self.embedder, self.options.fingerprint))
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
+
+    def _note(self, shard: Shard, record: EmbeddingRecord) -> None:
+        self.records.append(record)
+        self.done.add(shard.name)
 
     def _fail_the_rest(self, shards: Sequence[Shard], error: Exception) -> None:
         for _, stack in self._open.values():
             stack.close()
-        keys = {record.key for record in self.records}
         for shard in shards:
-            if (
-                shard.name not in self.failures
-                and embedding_key(shard, self.options.fingerprint, self.options.id_col) not in keys
-            ):
+            if shard.name not in self.failures and shard.name not in self.done:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
 
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
+def read_ahead(items: Iterable[T]) -> Generator[T]:
     """The same items, each made by another thread while the one before it is used."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "open") as pool:
@@ -205,7 +207,7 @@ def vector_array(vectors: np.ndarray) -> pa.Array:
 
 def write_vectors(table: pa.Table, path: str, column: str) -> None:
     """Write a table whose `column` holds vectors: floats do not compress and need no dictionary or statistics."""
-    leaf = next(name for name in _leaves(table.schema) if name.split(".")[0] == column)
+    leaf = next(name for name in _leaves(table.schema) if name.startswith(f"{column}."))
     others = [name for name in _leaves(table.schema) if name != leaf]
     pq.write_table(
         table,

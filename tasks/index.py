@@ -10,7 +10,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from embedders.errors import InputError, MalformedShard
+from embedders.errors import InputError
 from embedders.webdataset import (
     OpenShard,
     TarIndex,
@@ -100,6 +100,6 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:
             ids = open_local(shard, shard.source.path(shard.tar), id_col, keep=True).ids
             check_metadata(shard, id_col, ids)
             samples += len(ids)
-        except (InputError, MalformedShard) as error:
+        except Exception as error:
             get_run_logger().warning("%s: %s", shard.name, error)
     return samples

@@ -1,0 +1,213 @@
+"""A group of shards becomes files whose records tell the truth; what fails, fails alone and by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.webdataset import open_shard
+from tasks.embed import EmbedOptions, embed_group, read_ahead, vector_array, worker_engine, write_vectors
+from tasks.failures import ShardsFailed
+from tasks.shards import EmbeddingRecord, Shard, digest, read_embedding_record
+from tasks.storage import Folder
+
+from .conftest import MakeShard
+
+
+class Lengths(ImageEmbedder):
+    """The vector of an image is its size in bytes; at the shard of the name it is given it stops."""
+
+    def __init__(self, stop_at: str = "", failing: str = "") -> None:
+        self.stop_at = stop_at
+        self.failing = failing
+
+    def load_dataset_shard(self, tar_path: str) -> Any:
+        if self.stop_at and tar_path.endswith(self.stop_at):
+            raise RuntimeError("the decoder went away")
+        shard = open_shard(tar_path)
+        yield [s.components[0].size for s in shard.index.samples], [{"key": s.key} for s in shard.index.samples]
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        if self.failing:
+            raise RuntimeError(self.failing)
+        return lambda sizes: np.array(sizes, float)[:, None]
+
+
+def options(embedder: ImageEmbedder, **other: Any) -> EmbedOptions:
+    return EmbedOptions("key", fingerprint=digest(embedder.fingerprint()), device="cpu", **other)
+
+
+def embed(shards: list[Shard], embedder: ImageEmbedder, **other: Any) -> list[EmbeddingRecord]:
+    return embed_group(shards, embedder, options(embedder, **other))
+
+
+def failures(shards: list[Shard], embedder: ImageEmbedder, **other: Any) -> dict[str, str]:
+    with pytest.raises(ShardsFailed) as caught:
+        embed(shards, embedder, **other)
+    return {failure.shard: failure.error for failure in caught.value.failures}
+
+
+def files(folder: Folder) -> dict[str, int]:
+    return {file.name: os.stat(folder.path(file.name)).st_mtime_ns for file in folder.list("")}
+
+
+def test_a_group_becomes_embeddings_quarantine_and_index(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    whole, bad = make_shard("0"), make_shard("1", d__jpg=b"<html>", e__txt=b"1", f__jpg=b"")
+    records = embed([whole, bad], tiny)
+    assert list(files(whole.target)) == [
+        "embeddings/0.parquet",
+        "embeddings/1.parquet",
+        "index/0.idx",
+        "index/1.idx",
+        "quarantine/1.parquet",
+    ]
+    assert [read_embedding_record(s.target, s.embeddings_file) for s in (whole, bad)] == records
+    assert [(r.samples, r.embedded, r.dimensions) for r in records] == [(3, 3, 64), (6, 3, 64)]
+    assert records[1].quarantined == {"not_an_image": 1, "missing_image": 1, "empty": 1}
+    found = pq.read_table(bad.target.path(bad.quarantine_file)).to_pylist()
+    assert [(row["id"], row["member"], row["reason"]) for row in found] == [
+        ("d", "d.jpg", "not_an_image"),
+        ("e", "e.txt", "missing_image"),
+        ("f", "f.jpg", "empty"),
+    ]
+
+
+def test_vectors_are_normalised_contiguous_lists_of_float32(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    shard = make_shard(keys=tuple("abcde"))
+    embed([shard], tiny)
+    table = pq.read_table(shard.target.path(shard.embeddings_file), page_checksum_verification=True)
+    assert table.column("id").to_pylist() == list("abcde")
+    assert str(table.schema.field("image_embedding").type) == "list<element: float not null>"
+    matrix = table.column("image_embedding").combine_chunks().flatten().to_numpy().reshape(5, 64)
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(matrix - matrix[0], 0, atol=1e-5)  # five times the same photograph
+
+
+def test_a_second_call_changes_nothing(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    shards = [make_shard("0"), make_shard("1", d__jpg=b"")]
+    first, before = embed(shards, tiny), files(shards[0].target)
+    assert embed(shards, tiny) == first
+    assert files(shards[0].target) == before
+
+
+def test_an_old_quarantine_goes_when_its_shard_is_whole(make_shard: MakeShard) -> None:
+    shard = make_shard(d__jpg=b"")
+    shard.target.write_text(shard.quarantine_file, "old")
+    embed([replace(make_shard(), tar_fingerprint="mended")], Lengths())
+    assert "quarantine/00000.parquet" not in files(shard.target)
+
+
+def test_a_damaged_tar_fails_by_name_and_stops_no_other(make_shard: MakeShard, tmp_path: Path) -> None:
+    shards = [make_shard(name) for name in ("0", "1", "2", "3")]
+    whole = (tmp_path / "data/1.tar").read_bytes()
+    (tmp_path / "data/1.tar").write_bytes(whole[:1500])
+    (tmp_path / "data/2.tar").unlink()
+    found = failures(shards, Lengths())
+    assert list(found) == ["1", "2"]
+    assert found["1"].startswith("1.tar: cut short")
+    assert "FileNotFoundError" in found["2"]
+    assert [file.name for file in Folder(f"{tmp_path}/out/embeddings").list("")] == ["0.parquet", "3.parquet"]
+
+
+def test_an_empty_tar_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    for embedder in (Lengths(), tiny):
+        shard = replace(make_shard(keys=()), tar_fingerprint=type(embedder).__name__)
+        (record,) = embed([shard], embedder)
+        assert (record.samples, record.embedded) == (0, 0)
+        assert read_embedding_record(shard.target, shard.embeddings_file) == record
+
+
+def test_a_tar_of_bad_images_only_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    shard = make_shard(keys=(), a__jpg=b"<html>", b__jpg=b"")
+    (record,) = embed([shard], tiny)
+    assert (record.samples, record.embedded, sum(record.quarantined.values())) == (2, 0, 2)
+    assert pq.read_metadata(shard.target.path(shard.embeddings_file)).num_rows == 0
+
+
+def test_raise_fails_the_shard_of_a_bad_image(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    shards = [make_shard("0"), make_shard("1", d__jpg=b"<html>")]
+    found = failures(shards, tiny, raise_on_bad_image=True)
+    assert list(found) == ["1"]
+    assert found["1"].startswith("1.tar: d.jpg: not_an_image")
+    assert "embeddings/1.parquet" not in files(shards[0].target)
+
+
+def test_an_embedder_that_stops_fails_the_rest_and_only_the_rest(make_shard: MakeShard) -> None:
+    shards = [make_shard(name) for name in ("0", "1", "2", "3")]
+    for shard in shards:  # copied in one go, shards may have one fingerprint
+        os.utime(shard.source.path(shard.tar), (1, 1))
+    shards = [make_shard("0")] + [replace(shard, tar_fingerprint="same") for shard in shards[1:]]
+    found = failures(shards, Lengths(stop_at="2.tar"))
+    assert set(found.values()) == {"RuntimeError: the decoder went away"}
+    done = {file.name.removesuffix(".parquet") for file in Folder(f"{shards[0].output}/embeddings").list("")}
+    assert done | set(found) == {"0", "1", "2", "3"}
+    assert done.isdisjoint(found)
+    assert {"2", "3"} <= set(found)
+
+
+def test_a_model_that_does_not_load_fails_every_shard_with_its_reason(make_shard: MakeShard) -> None:
+    found = failures([make_shard("0"), make_shard("1")], Lengths(failing="no weights"))
+    assert found == {"0": "RuntimeError: no weights", "1": "RuntimeError: no weights"}
+
+
+def test_names_that_are_not_utf8_reach_the_files(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
+    shard = make_shard()
+    with tarfile.open(shard.source.path(shard.tar), "a", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in {"caf\xe9.jpg": b"", "\xfc.jpg": b"no image"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (record,) = embed([shard], tiny)
+    assert (record.embedded, sum(record.quarantined.values())) == (3, 2)
+    found = pq.read_table(shard.target.path(shard.quarantine_file)).to_pylist()
+    assert [row["member"] for row in found] == ["caf\\udce9.jpg", "\\udcfc.jpg"]
+
+
+def test_a_store_without_paths_is_read_and_written(make_shard: MakeShard, tmp_path: Path) -> None:
+    local = make_shard()
+    Folder("memory://embed/data").write(
+        "00000.tar", lambda path: Path(path).write_bytes((tmp_path / "data/00000.tar").read_bytes()) and None
+    )
+    shard = replace(local, dataset="memory://embed/data", output="memory://embed/out")
+    (record,) = embed([shard], Lengths())
+    assert read_embedding_record(shard.target, shard.embeddings_file) == record
+
+
+@pytest.mark.parametrize("column", ["image_embedding", "clip.image", "an embedding"])
+def test_vectors_come_back_whatever_their_column_is_called(tmp_path: Path, column: str) -> None:
+    matrix = np.arange(12, dtype=np.float32).reshape(4, 3)
+    write_vectors(pa.table({"id": list("abcd"), column: vector_array(matrix)}), str(tmp_path / "0.parquet"), column)
+    assert pq.read_table(tmp_path / "0.parquet").column(column).to_pylist() == matrix.tolist()
+    group = pq.read_metadata(tmp_path / "0.parquet").row_group(0)
+    assert [group.column(i).compression for i in range(2)] == ["ZSTD", "UNCOMPRESSED"]
+
+
+def test_a_worker_keeps_one_engine() -> None:
+    first, same, other = Lengths(), Lengths(), Lengths(stop_at="9")
+    made = worker_engine(first, digest(first.fingerprint()), "cpu")
+    assert worker_engine(same, digest(same.fingerprint()), "cpu") is made
+    assert worker_engine(other, digest(other.fingerprint()), "cpu") is not made
+
+
+def test_reading_ahead_keeps_items_and_errors() -> None:
+    assert list(read_ahead(iter("abc"))) == ["a", "b", "c"]
+
+    def failing() -> Any:
+        yield 1
+        raise OSError("gone")
+
+    ahead = read_ahead(failing())
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(ahead)
