@@ -6,10 +6,12 @@ so nothing is shuffled, and the vectors stay Arrow lists all the way.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
@@ -18,8 +20,8 @@ from prefect.tasks import exponential_backoff
 
 from embedders.errors import InputError
 from embedders.loader import Reason
-from embedders.webdataset import open_shard, sample_json
-from tasks.embed import write_vectors
+from embedders.webdataset import canonical_id, open_shard, printable, sample_json
+from tasks.embed import vector_array, write_vectors
 from tasks.failures import ShardFailure, ShardsFailed, retry_if_it_can_pass
 from tasks.plan import MergeOptions
 from tasks.shards import MergeRecord, Shard, merge_key, read_embedding_record, with_record
@@ -29,6 +31,7 @@ SHARDS_A_TASK = 1000
 
 ROW = "__shard_embed_row__"
 ID = "__shard_embed_id__"
+TEXT = pa.array([], pa.string())
 
 
 def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, client: Any) -> list[MergeRecord]:
@@ -42,10 +45,11 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     import dask.dataframe as dd
 
     with dask.config.set({"dataframe.backend": backend}):
-        meta = read_metadata(shards[0], options.id_col, backend, empty=True)
+        meta = to_frame(pa.table({options.id_col: TEXT, ROW: pa.array([], pa.int64()), ID: TEXT}), backend)
         metadata = dd.from_map(read_metadata, shards, id_col=options.id_col, backend=backend, meta=meta)
-        vectors = read_vectors(shards[0], backend, empty=True)
+        vectors = to_frame(pa.table({ID: TEXT, options.column: vector_array(np.zeros((0, 0)))}), backend)
         embeddings = dd.from_map(read_vectors, shards, backend=backend, meta=vectors)
+        # The metas only name what `join` names: shards may differ in columns, and none is read here.
         joined = metadata.map_partitions(
             join, embeddings, options, meta=join(meta, vectors, options), align_dataframes=False, enforce_metadata=False
         )
@@ -65,7 +69,7 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     return records
 
 
-def read_metadata(shard: Shard, id_col: str, backend: str, *, empty: bool = False) -> Any:
+def read_metadata(shard: Shard, id_col: str, backend: str) -> Any:
     """A shard's metadata as a frame of the backend, with its row numbers and its ids as text.
 
     Without a Parquet beside the tar, its rows are the samples' json members.
@@ -75,41 +79,56 @@ def read_metadata(shard: Shard, id_col: str, backend: str, *, empty: bool = Fals
     else:
         with shard.source.open(shard.metadata) as file:
             table = pq.read_table(file)
-    if empty:
-        table = table.slice(0, 0)
     if id_col not in table.column_names:
         raise InputError(f"{shard.metadata}: no id column {id_col!r}")
-    ids = id_text(table.column(id_col))
+    ids = pa.array([None if v is None else canonical_id(v) for v in table.column(id_col).to_pylist()], pa.string())
     table = table.append_column(ROW, pa.array(range(len(table)), pa.int64())).append_column(ID, ids)
     return to_frame(table, backend)
 
 
-def id_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Ids as the text they are compared by; see `embedders.webdataset.canonical_id`."""
-    import pyarrow.compute as pc
-
-    if pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py() is not False:
-        column = pc.cast(column, pa.int64())
-    return pc.cast(column, pa.string())
-
-
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """One row a sample from its json member, the id first where the json lacks it."""
+    """One row a sample from its json member, with every key of any of them as a column, the id first."""
     with shard.source.local_copy(shard.tar) as path:
         opened = open_shard(path, id_col)
         rows = [
-            {id_col: sample_id, **sample_json(sample, opened.data)}
+            with_id(sample_json(sample, opened.data), id_col, sample_id)
             for i, (sample, sample_id) in enumerate(zip(opened.index.samples, opened.ids, strict=True))
             if opened.unusable.get(i, (None,))[0] is not Reason.DUPLICATE_ID
         ]
-    return pa.Table.from_pylist(rows) if rows else pa.table({id_col: pa.array([], pa.string())})
+    names = dict.fromkeys([id_col, *(name for row in rows for name in row)])
+    return pa.table({printable(name): json_column([row.get(name) for row in rows]) for name in names})
 
 
-def read_vectors(shard: Shard, backend: str, *, empty: bool = False) -> Any:
+def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
+    """A json object whose id column is what the sample goes by, also where it was missing or null."""
+    return row if row.get(id_col) is not None else {**row, id_col: sample_id}
+
+
+def json_column(values: list[Any]) -> pa.Array:
+    """Json values as a column; as text where they are not of one type, text staying as it is."""
+    try:
+        column = pa.array(values)
+        same = not has_empty_struct(column.type)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        same = False
+    if not same:
+        texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        column = pa.array([None if text is None else printable(text) for text in texts], pa.string())
+    return column.cast(pa.string()) if pa.types.is_null(column.type) else column
+
+
+def has_empty_struct(kind: pa.DataType) -> bool:
+    """Whether a type holds the json object `{}`, which Parquet cannot write."""
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def read_vectors(shard: Shard, backend: str) -> Any:
     """A shard's ids and vectors as a frame of the backend; page checksums are verified."""
     with shard.target.open(shard.embeddings_file) as file:
         table = pq.read_table(file, page_checksum_verification=True)
-    return to_frame((table.slice(0, 0) if empty else table).rename_columns([ID, *table.column_names[1:]]), backend)
+    return to_frame(table.rename_columns([ID, *table.column_names[1:]]), backend)
 
 
 def to_frame(table: pa.Table, backend: str) -> Any:

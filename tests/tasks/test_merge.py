@@ -1,0 +1,215 @@
+"""Metadata keeps its rows, order and types, and gets each vector by id, on a real Dask cluster."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client, LocalCluster
+
+from embedders.engine import EmbeddedShard, QuarantinedSample
+from embedders.webdataset import open_shard
+from tasks.embed import write_embeddings
+from tasks.failures import ShardsFailed
+from tasks.merge import merge_group
+from tasks.plan import MergeOptions
+from tasks.shards import MergeRecord, Shard, read_merge_record
+from tests.embedders.test_engine import Colours
+
+from .conftest import MakeShard
+
+OPTIONS = MergeOptions("key", "image_embedding")
+VECTOR = {"a": [0.0, 0.5], "b": [1.0, 0.5], "c": [2.0, 0.5]}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def embedded(shard: Shard, id_col: str = "key", without: tuple[str, ...] = ()) -> Shard:
+    """The shard with an embeddings file: the n-th sample has the vector (n, 0.5); some are quarantined."""
+    opened = open_shard(shard.source.path(shard.tar), id_col)
+    kept = [i for i, sample in enumerate(opened.ids) if i not in opened.unusable and sample not in without]
+    gone = [QuarantinedSample(name, "", "corrupt", "") for i, name in enumerate(opened.ids) if i not in kept]
+    vectors = np.array([[i, 0.5] for i in kept], np.float32).reshape(-1, 2)
+    result = EmbeddedShard(opened, [opened.ids[i] for i in kept], vectors, gone, 0.0)
+    write_embeddings(shard, result, Colours(), "e")
+    return shard
+
+
+def merge(client: Client, *shards: Shard, **options: Any) -> list[MergeRecord]:
+    return merge_group(shards, replace(OPTIONS, **options), "pandas", client)
+
+
+def merged(shard: Shard) -> pa.Table:
+    return pq.read_table(shard.target.path(shard.merged_file), page_checksum_verification=True)
+
+
+def test_rows_keep_their_order_and_get_their_own_vector(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["c", "a", "b"], "text": ["C", "A", "B"]}))
+    (record,) = merge(client, shard)
+    assert merged(shard).to_pydict() == {
+        "key": ["c", "a", "b"],
+        "text": ["C", "A", "B"],
+        "image_embedding": [VECTOR["c"], VECTOR["a"], VECTOR["b"]],
+    }
+    assert record == read_merge_record(shard.target, shard.merged_file)
+    assert (record.rows, record.rows_without_embedding, record.embeddings_without_row) == (3, 0, 0)
+
+
+def test_every_type_of_column_comes_through(client: Client, make_shard: MakeShard) -> None:
+    noon = datetime.datetime(2024, 1, 2, 12, tzinfo=datetime.UTC)
+    columns = {
+        "key": pa.array(["b", "a", "c"], pa.large_string()),
+        "count": pa.array([3, None, 2**62 + 1], pa.int64()),
+        "byte": pa.array([1, 2, None], pa.uint8()),
+        "half": pa.array([0.5, None, 1.5], pa.float32()),
+        "flag": pa.array([True, None, False]),
+        "when": pa.array([noon, None, noon], pa.timestamp("us", "UTC")),
+        "day": pa.array([noon.date(), None, None], pa.date32()),
+        "tags": pa.array([["x", None], [], None], pa.list_(pa.string())),
+        "box": pa.array([{"x": 1, "of": [1.5]}, None, {"x": None, "of": []}]),
+        "raw": pa.array([b"\x00\xff", b"", None], pa.binary()),
+        "kind": pa.array(["jpg", None, "jpg"]).dictionary_encode(),
+        "price": pa.array([None, None, 1], pa.decimal128(9, 2)),
+        "nothing": pa.array([None] * 3, pa.null()),
+        "none": pa.array([None] * 3, pa.string()),
+    }
+    table = pa.table(columns)
+    shard = embedded(make_shard(metadata=table))
+    merge(client, shard)
+    found = merged(shard).drop_columns(["image_embedding"])
+    assert found.equals(pq.read_table(shard.source.path("00000.parquet"))), (found.schema, table.schema)
+
+
+@pytest.mark.parametrize(
+    ("ids", "column"),
+    [
+        ([1, 22, 333], pa.array([333, 1, 22])),
+        ([1, 22, 333], pa.array([333, 1, 22], pa.uint16())),
+        ([1, 22, 333], pa.array([333.0, 1.0, 22.0])),
+        ([1, 22, 333], pa.array(["333", "1", "22"])),
+        ([1.5, 22, 333], pa.array([333.0, 1.5, 22.0])),
+        (["001", "1", "01"], pa.array(["01", "001", "1"])),
+        (["x", "y", "z"], pa.array(["z", "x", "y"]).dictionary_encode()),
+        ([2**53 + 1, 2**53, 7], pa.array([7, 2**53 + 1, 2**53])),
+    ],
+    ids=str,
+)
+def test_ids_join_by_value_and_keep_their_type(
+    client: Client, make_shard: MakeShard, ids: list[Any], column: pa.Array
+) -> None:
+    samples = {key: {"id": value} for key, value in zip("abc", ids, strict=True)}
+    shard = embedded(make_shard(json_of=samples, metadata={"id": column}), "id")
+    merge(client, shard, id_col="id")
+    found = merged(shard)
+    assert found.column("id").type == column.type
+    assert found.column("id").to_pylist() == column.to_pylist()
+    assert [vector[0] for vector in found.column("image_embedding").to_pylist()] == [2, 0, 1]
+
+
+def test_rows_and_embeddings_without_each_other_are_counted(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["z", "b", "a", None]}), without=("b",))
+    (record,) = merge(client, shard)
+    assert merged(shard).column("key").to_pylist() == ["a"]
+    assert (record.rows, record.rows_without_embedding, record.embeddings_without_row) == (1, 3, 1)
+
+
+def test_null_rows_stay_with_a_null(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["z", "b", "a", "c"], "n": [1, 2, 3, 4]}), without=("b",))
+    (record,) = merge(client, shard, null_rows=True)
+    found = merged(shard).to_pydict()
+    assert found == {
+        "key": ["z", "b", "a", "c"],
+        "n": [1, 2, 3, 4],
+        "image_embedding": [None, None, VECTOR["a"], VECTOR["c"]],
+    }
+    assert (record.rows, record.rows_without_embedding, record.embeddings_without_row) == (4, 2, 0)
+
+
+def test_a_shard_without_any_embedding_merges(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a", "b"]}), without=("a", "b", "c"))
+    assert merge(client, shard)[0].rows == 0
+    assert merge(client, shard, null_rows=True)[0].rows == 2
+    assert merged(shard).column("image_embedding").to_pylist() == [None, None]
+
+
+def test_an_older_embedding_column_is_replaced(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a"], "image_embedding": [[9.0]], "n": [1]}))
+    merge(client, shard)
+    assert merged(shard).to_pydict() == {"key": ["a"], "n": [1], "image_embedding": [VECTOR["a"]]}
+    merge(client, shard, column="clip.b32")
+    assert merged(shard).column_names == ["key", "image_embedding", "n", "clip.b32"]
+
+
+def test_without_a_parquet_the_json_members_are_the_metadata(client: Client, make_shard: MakeShard) -> None:
+    samples = {
+        "a": {"caption": "A", "w": 1, "mixed": 1, "empty": {}, "nothing": None},
+        "b": {"caption": "B", "w": 2, "mixed": "two", "late": [1.5], "huge": 2**70, "odd": "\ud800"},
+    }
+    shard = embedded(make_shard(json_of=samples, d__jpg=b"", c__json=b'{"key": null, "w": 3}'))
+    (record,) = merge(client, shard, null_rows=True)
+    assert merged(shard).to_pylist() == [
+        dict(row, image_embedding=VECTOR.get(row["key"]))
+        for row in (
+            {"key": "a", "caption": "A", "w": 1, "mixed": "1", "empty": "{}"},
+            {"key": "b", "caption": "B", "w": 2, "mixed": "two", "late": [1.5], "huge": str(2**70), "odd": "\\ud800"},
+            {"key": "c", "w": 3},
+            {"key": "d"},
+        )
+        for row in [dict.fromkeys(("key", "caption", "w", "mixed", "empty", "nothing", "late", "huge", "odd")) | row]
+    ]
+    assert (record.rows, record.rows_without_embedding) == (4, 1)
+
+
+def test_shards_of_one_group_may_differ_in_their_columns(client: Client, make_shard: MakeShard) -> None:
+    made = [
+        make_shard("0", json_of={"a": {"w": 1}}),
+        make_shard("1", metadata={"key": ["b", "a"], "text": ["B", "A"]}),
+        make_shard("2", metadata={"n": [1], "key": ["c"]}),
+    ]
+    records = merge(client, *(embedded(shard) for shard in made))
+    assert [record.rows for record in records] == [3, 2, 1]
+    names = [merged(shard).column_names[:-1] for shard in made]
+    assert names == [["key", "w"], ["key", "text"], ["n", "key"]]
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_damaged_page_is_noticed_and_fails_its_shard_alone(client: Client, make_shard: MakeShard, which: int) -> None:
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b"]})) for name in ("0", "1", "2")]
+    path = Path(shards[which].target.path(shards[which].embeddings_file))
+    data = bytearray(path.read_bytes())
+    at = data.index(np.array([1.0, 0.5, 2.0], np.float32).tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardsFailed) as caught:
+        merge(client, *shards)
+    assert [failure.shard for failure in caught.value.failures] == [str(which)]
+    assert "CRC" in str(caught.value)
+    assert [s.name for s in shards if read_merge_record(s.target, s.merged_file)] == [
+        name for name in "012" if name != str(which)
+    ]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_metadata_that_cannot_be_read_fails_its_shard_alone(
+    client: Client, make_shard: MakeShard, tmp_path: Path, which: int
+) -> None:
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b"]})) for name in ("0", "1")]
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / f"data/{which}.parquet")
+    with pytest.raises(ShardsFailed, match=f"{which}: {which}.parquet: no id column 'key'"):
+        merge(client, *shards)
+    other = shards[1 - which]
+    assert read_merge_record(other.target, other.merged_file) is not None
