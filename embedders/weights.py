@@ -60,10 +60,11 @@ def _configuration(model_name: str) -> tuple[str, dict[str, Any]]:
         return architecture, cfg
     if not timm.is_model(model_name):
         raise InputError(f"no timm model is named {model_name!r}; {_closest(model_name)}")
-    found = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
-    tag = model_name.partition(".")[2]
-    if found is None or (tag and found.tag != tag):
-        raise InputError(f"timm has no pretrained tag {model_name!r}; {_closest(model_name)}")
+    try:
+        found = timm.get_pretrained_cfg(model_name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise InputError(f"timm has no pretrained tag {model_name!r}; {_closest(model_name)}") from error
+    assert found is not None, "only allow_unregistered=True gives None"
     return timm.models.split_model_name_tag(model_name)[0], found.to_dict()
 
 
