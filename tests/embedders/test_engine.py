@@ -30,8 +30,8 @@ class Colours(ImageEmbedder):
         samples = [sample for sample in shard.index.samples if (images := sample.images()) and images[0].size]
         for at in range(0, len(samples), 3):
             chunk = samples[at : at + 3]
-            images = [Image.open(io.BytesIO(shard.bytes_of(s.components[0]).tobytes())) for s in chunk]
-            yield images, [{"key": s.key} for s in chunk]
+            files = [io.BytesIO(shard.bytes_of(sample.components[0]).tobytes()) for sample in chunk]
+            yield [Image.open(file) for file in files], [{"key": s.key} for s in chunk]
 
     def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
         return lambda images: np.array([image.getpixel((0, 0)) for image in images])
@@ -165,7 +165,7 @@ def test_nan_and_infinity_never_become_vectors(abc: OpenShard) -> None:
 
 def test_a_vector_after_or_before_nan_of_the_same_sample_counts(abc: OpenShard) -> None:
     for values in ([1, 2, np.nan, 3], [np.nan, 2, 1, 3]):
-        pairs = [([values[0], values[1]], "ab"), ([values[2]], "a"), ([values[3]], "c")]
+        pairs: list[Any] = [([values[0], values[1]], "ab"), ([values[2]], "a"), ([values[3]], "c")]
         (found,) = embed(Told(pairs, lambda b: np.array(b)[:, None]), abc)
         assert (found.vectors.ravel().tolist(), found.quarantined) == ([1, 2, 3], [])
 

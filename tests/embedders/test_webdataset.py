@@ -9,6 +9,7 @@ import string
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,9 +44,9 @@ MEMBERS = {
 }
 
 
-def make_tar(members: Mapping[str, bytes], format: int = tarfile.USTAR_FORMAT, **options: str) -> bytes:
+def make_tar(members: Mapping[str, bytes], format: int = tarfile.USTAR_FORMAT, encoding: str = "utf-8") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format, **options) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=format, encoding=encoding) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -276,10 +277,10 @@ def test_dali_reads_the_index(format: str, tmp_path: Path) -> None:
     index = open_shard(tmp_path / "0.tar").index
     (tmp_path / "0.idx").write_text(format_index(index, "12-3.5"))
 
-    @pipeline_def(batch_size=len(index.samples), num_threads=1, device_id=None)
-    def read() -> tuple[object, ...]:
-        paths = {"paths": [str(tmp_path / "0.tar")], "index_paths": [str(tmp_path / "0.idx")]}
-        return tuple(fn.readers.webdataset(ext=["jpg", "json"], **paths))
+    @pipeline_def(batch_size=len(index.samples), num_threads=1, device_id=None)  # type: ignore[call-overload]
+    def read() -> Any:
+        tars, indexes = [str(tmp_path / "0.tar")], [str(tmp_path / "0.idx")]
+        return tuple(fn.readers.webdataset(paths=tars, index_paths=indexes, ext=["jpg", "json"]))  # type: ignore[arg-type]
 
     pipeline = read()
     pipeline.build()

@@ -176,9 +176,7 @@ def test_names_that_are_not_utf8_reach_the_files(make_shard: MakeShard, tiny: Ti
 
 def test_a_store_without_paths_is_read_and_written(make_shard: MakeShard, tmp_path: Path) -> None:
     local = make_shard()
-    Folder("memory://embed/data").write(
-        "00000.tar", lambda path: Path(path).write_bytes((tmp_path / "data/00000.tar").read_bytes()) and None
-    )
+    Folder("memory://embed/data").fs.put_file(tmp_path / "data/00000.tar", "/embed/data/00000.tar")
     shard = replace(local, dataset="memory://embed/data", output="memory://embed/out")
     (record,) = embed([shard], Lengths())
     assert read_embedding_record(shard.target, shard.embeddings_file) == record

@@ -161,16 +161,15 @@ def test_without_a_parquet_the_json_members_are_the_metadata(client: Client, mak
     }
     shard = embedded(make_shard(json_of=samples, d__jpg=b"", c__json=b'{"key": null, "w": 3}'))
     (record,) = merge(client, shard, null_rows=True)
-    assert merged(shard).to_pylist() == [
-        dict(row, image_embedding=VECTOR.get(row["key"]))
-        for row in (
-            {"key": "a", "caption": "A", "w": 1, "mixed": "1", "empty": "{}"},
-            {"key": "b", "caption": "B", "w": 2, "mixed": "two", "late": [1.5], "huge": str(2**70), "odd": "\\ud800"},
-            {"key": "c", "w": 3},
-            {"key": "d"},
-        )
-        for row in [dict.fromkeys(("key", "caption", "w", "mixed", "empty", "nothing", "late", "huge", "odd")) | row]
+    names = ["key", "caption", "w", "mixed", "empty", "nothing", "late", "huge", "odd", "image_embedding"]
+    rows: list[dict[str, Any]] = [
+        {"key": "a", "caption": "A", "w": 1, "mixed": "1", "empty": "{}", "image_embedding": VECTOR["a"]},
+        {"key": "b", "caption": "B", "w": 2, "mixed": "two", "late": [1.5], "huge": str(2**70), "odd": "\\ud800"},
+        {"key": "c", "w": 3, "image_embedding": VECTOR["c"]},
+        {"key": "d"},
     ]
+    rows[1]["image_embedding"] = VECTOR["b"]
+    assert merged(shard).to_pylist() == [dict.fromkeys(names) | row for row in rows]
     assert (record.rows, record.rows_without_embedding) == (4, 1)
 
 

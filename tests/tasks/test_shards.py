@@ -40,7 +40,7 @@ def write(folder: Path, record: EmbeddingRecord | MergeRecord, rows: int = 2) ->
 
 @pytest.mark.parametrize("change", [{"tar_fingerprint": "10-1.6"}, {"embedder": "f"}, {"id_col": "id"}])
 def test_the_embedding_key_follows_tar_embedder_and_id_column(change: dict[str, str]) -> None:
-    shard = replace(SHARD, **{k: v for k, v in change.items() if k == "tar_fingerprint"})
+    shard = replace(SHARD, tar_fingerprint=change.get("tar_fingerprint", SHARD.tar_fingerprint))
     before = embedding_key(SHARD, "e", "key")
     assert embedding_key(shard, change.get("embedder", "e"), change.get("id_col", "key")) != before
 

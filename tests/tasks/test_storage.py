@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,16 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder(str(tmp_path / "new") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/new")
 
 
+def saving(data: bytes) -> Callable[[str], None]:
+    def save(path: str) -> None:
+        Path(path).write_bytes(data)
+
+    return save
+
+
 def test_what_is_written_is_listed_and_read(folder: Folder) -> None:
     folder.write_text("b/1.idx", "one")
-    folder.write("a/2.idx", lambda path: Path(path).write_bytes(b"\x00two") and None)
+    folder.write("a/2.idx", saving(b"\x00two"))
     folder.write_text("a/3.txt", "three")
     assert [(file.name, file.size) for file in folder.list(".idx")] == [("a/2.idx", 4), ("b/1.idx", 3)]
     assert folder.read_text("b/1.idx") == "one"
@@ -57,7 +65,7 @@ def test_hidden_files_and_folders_are_left_out(folder: Folder) -> None:
 def test_a_text_comes_back_with_any_bytes(folder: Folder) -> None:
     folder.write_text("0.idx", "caf\udce9 日本")
     assert folder.read_text("0.idx") == "caf\udce9 日本"
-    folder.write("1.idx", lambda path: Path(path).write_bytes(b"\xff\xfe\x00") and None)
+    folder.write("1.idx", saving(b"\xff\xfe\x00"))
     assert folder.read_text("1.idx") == "\udcff\udcfe\x00"
 
 
