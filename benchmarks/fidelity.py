@@ -58,8 +58,7 @@ def photographs(dataset: Path) -> list[np.ndarray]:
     found = []
     for tar in sorted(dataset.glob("*.tar")):
         shard = open_shard(tar)
-        for i, sample in enumerate(shard.index.samples):
-            image = shard.images[i]
+        for i, image in enumerate(shard.images):
             if image is None or i in shard.unusable:
                 continue
             data = shard.bytes_of(image)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.errors import InputError
+from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, Loader
 from embedders.preprocess import NotConvertible, Preprocessing, timm_transform
 from embedders.webdataset import OpenShard, open_shard
@@ -56,6 +57,9 @@ class TimmImageEmbedder(ImageEmbedder):
     :param use_index_files: keep the shards' indexes in the output's index folder.
     :param checkpoint: a .safetensors or .pth file with the weights (loaded without pickle).
     :param loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
+    :param exif: "apply" turns images by their EXIF orientation; timm's own loader does not.
+    :param max_pixels: images with more, by their header, go to quarantine undecoded.
+    :param image_component: the extension of the image to embed where samples have several, such as "left.jpg".
     :param decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" is exact where the
         model is the slower of the two anyway.
     :param compile_model: torch.compile on a GPU, at once or never; by default after two minutes of work.
@@ -82,6 +86,9 @@ class TimmImageEmbedder(ImageEmbedder):
         checkpoint: str | os.PathLike[str] | None = None,
         loader: str = "auto",
         decode: str = "auto",
+        exif: Literal["ignore", "apply"] = "ignore",
+        max_pixels: int = MAX_PIXELS,
+        image_component: str | None = None,
         compile_model: bool | None = None,
     ) -> None:
         super().__init__(model_name, image_embedding_column, classifiers)
@@ -98,6 +105,9 @@ class TimmImageEmbedder(ImageEmbedder):
         self.checkpoint = None if checkpoint is None else os.path.abspath(checkpoint)
         self.loader = LoaderKind(loader)
         self.decode = decode
+        self.exif = exif
+        self.max_pixels = max_pixels
+        self.image_component = image_component
         self.compile_model = compile_model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,7 +161,13 @@ class TimmImageEmbedder(ImageEmbedder):
             "preprocessing": _plain(self.data_config),
             "precision": "float16 on a GPU" if self.autocast else "float32",
             "normalized": self.normalize_embeddings,
-        }
+        } | self._choice_of_images()
+
+    def _choice_of_images(self) -> dict[str, Any]:
+        """What else decides which pixels are embedded, where it is not as usual: usual keys stay short and stable."""
+        chosen = {"exif": self.exif, "max_pixels": self.max_pixels, "image_component": self.image_component}
+        usual = {"exif": "ignore", "max_pixels": MAX_PIXELS, "image_component": None}
+        return {name: value for name, value in chosen.items() if value != usual[name]}
 
     def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The timm model in evaluation mode.
@@ -242,6 +258,8 @@ class TimmImageEmbedder(ImageEmbedder):
             "num_threads": self._threads,
             "device": device,
             "dtype": self._dtype(device),
+            "apply_exif": self.exif == "apply",
+            "max_pixels": self.max_pixels,
         }
         try:
             preprocessing = self.preprocessing

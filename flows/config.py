@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from embedders import ImageEmbedder
 from embedders.errors import InputError
+from embedders.images import MAX_PIXELS
 from tasks.plan import MergeOptions
 
 
@@ -53,6 +54,13 @@ class EmbedConfig(BaseModel):
     decode: Literal["auto", "exact", "fast"] = Field(
         "auto", description="JPEG decoding: exact is Pillow's pixels, fast is the GPU's decoder."
     )
+    exif: Literal["ignore", "apply"] = Field("ignore", description="Whether to turn images by their EXIF orientation.")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        MAX_PIXELS, description="Images with more pixels go to quarantine undecoded."
+    )
+    image_component: str | None = Field(
+        None, description="Extension of the image to embed where samples have several, such as left.jpg."
+    )
     on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
     scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
     workers: Annotated[int, Field(ge=1)] | None = Field(
@@ -86,6 +94,9 @@ class EmbedConfig(BaseModel):
             checkpoint=self.checkpoint,
             loader=self.loader,
             decode=self.decode,
+            exif=self.exif,
+            max_pixels=self.max_pixels,
+            image_component=self.image_component,
         )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedders.base import ImageEmbedder
-from embedders.errors import MalformedShard
+from embedders.errors import InputError, MalformedShard
+from embedders.loader import Reason
 from flows.config import EmbedConfig
 from flows.progress import Progress
 from tasks.cluster import choose_device
@@ -50,7 +51,7 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     embedder.check()
     fingerprint = embedder.fingerprint()
     plan = make_plan(shards, digest(fingerprint), merge_options(config, embedder), overwrite=config.overwrite)
-    _check_inputs(plan.to_embed, config)
+    _check_inputs(plan.to_embed, config, embedder.image_component)
     return Work(embedder, fingerprint, device, plan, started)
 
 
@@ -59,13 +60,28 @@ def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
     return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
 
 
-def _check_inputs(shards: Sequence[Shard], config: EmbedConfig) -> None:
+def _check_tar(shard: Shard, id_col: str, image_component: str | None) -> tuple[str, ...]:
+    """The ids of a tar's samples.
+
+    :raises InputError: a sample has several images and none is chosen, or no sample has the chosen one.
+    """
+    path = shard.source.path(shard.tar)
+    opened = open_local(shard, path, id_col, keep=False, image_component=image_component)
+    for i, (reason, detail) in opened.unusable.items():
+        if reason is Reason.AMBIGUOUS_IMAGE:
+            raise InputError(f"{shard.tar}: sample {opened.index.samples[i].key}: {detail}")
+    if image_component is not None and opened.images and not any(opened.images):
+        raise InputError(f"{shard.tar}: no sample has a .{image_component}; give another --image-component")
+    return opened.ids
+
+
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> None:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones."""
     for number, shard in enumerate(shards[:CHECKED_METADATA]):
         ids = None
         if number < CHECKED_TARS and shard.source.is_local:
             try:
-                ids = open_local(shard, shard.source.path(shard.tar), config.id_col, keep=False).ids
+                ids = _check_tar(shard, config.id_col, image_component)
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
         check_metadata(shard, config.id_col, ids)

@@ -103,7 +103,7 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
         "rmm_pool_size": None,
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": "error",
+        "silence_logs": 40,
         "env": _threads(max(1, available_cores() // workers)),
     }
 

@@ -122,7 +122,13 @@ class _GroupRun:
             stack = contextlib.ExitStack()
             try:
                 path = stack.enter_context(shard.source.local_copy(shard.tar))
-                opened = open_local(shard, path, self.options.id_col, keep=self.embedder.use_index_files)
+                opened = open_local(
+                    shard,
+                    path,
+                    self.options.id_col,
+                    keep=self.embedder.use_index_files,
+                    image_component=self.embedder.image_component,
+                )
                 check_metadata(shard, self.options.id_col, opened.ids)
             except Exception as error:
                 stack.close()

@@ -41,9 +41,9 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
     return index
 
 
-def open_local(shard: Shard, path: str, id_col: str, *, keep: bool) -> OpenShard:
+def open_local(shard: Shard, path: str, id_col: str, *, keep: bool, image_component: str | None = None) -> OpenShard:
     """Map a shard's local tar with its index and ids."""
-    return open_shard(path, id_col, index_tar(shard, path, keep=keep))
+    return open_shard(path, id_col, index_tar(shard, path, keep=keep), image_component)
 
 
 def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) -> None:

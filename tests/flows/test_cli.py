@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.cli import main
+from flows.demo_data import load_photograph
 
 TINY = ("--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu")
 
@@ -137,3 +140,32 @@ def test_another_model_is_refused_unless_told(
     assert main([*other, "--overwrite"]) == 0
     column = pq.read_table(tmp_path / "out/metadata")["image_embedding"]
     assert len(column[0]) == 256
+
+
+def pairs(folder: Path) -> Path:
+    """A dataset of one shard whose samples have two images each."""
+    folder.mkdir()
+    photograph = load_photograph("skimage", "data/chelsea.png")
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(4):
+            for extension, image in (("left.jpg", photograph), ("RIGHT.PNG", photograph.rotate(90))):
+                out = io.BytesIO()
+                image.save(out, extension.rpartition(".")[2].upper().replace("JPG", "JPEG"))
+                member = tarfile.TarInfo(f"nested/{number:03}.{extension}")
+                member.size = len(out.getvalue())
+                tar.addfile(member, io.BytesIO(out.getvalue()))
+    return folder
+
+
+def test_several_images_need_a_choice(server: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    dataset = pairs(tmp_path / "data")
+    line = fails(capsys, tmp_path / "out", dataset, *TINY)
+    assert "several images among left.jpg, RIGHT.PNG" in line
+    assert "--image-component" in line
+    assert "no sample has a .middle.jpg" in fails(
+        capsys, tmp_path / "out", dataset, *TINY, "--image-component", "middle.jpg"
+    )
+    call = [str(dataset), "--output", str(tmp_path / "out"), *TINY, "--quiet"]
+    assert main([*call, "--image-component", "right.png"]) == 0
+    rows = pq.read_table(tmp_path / "out/metadata").to_pylist()
+    assert [row["key"] for row in rows] == [f"nested/{number:03}" for number in range(4)]
