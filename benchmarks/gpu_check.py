@@ -85,7 +85,7 @@ def timms_own(jpegs: Sequence[bytes], device: str, checkpoint: str | None) -> tu
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    model = timm.create_model(MODEL, checkpoint_path=checkpoint or "").eval().to(device)
+    model: Any = timm.create_model(MODEL, checkpoint_path=checkpoint or "").eval().to(device)
     config = resolve_data_config(model=model)
     transform = create_transform(**config)
     batch = torch.stack([transform(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs])
@@ -113,7 +113,8 @@ def embedded(
     )
     model = embedder.load_embedding_model(device)
     samples = [Encoded(i, np.frombuffer(jpeg, np.uint8)) for i, jpeg in enumerate(jpegs)]
-    pixels, vectors = {}, {}
+    pixels: dict[Any, np.ndarray] = {}
+    vectors: dict[Any, np.ndarray] = {}
     loader = embedder._open_loader(device)
     with torch.inference_mode():
         for batch in loader.batches(samples):
@@ -229,15 +230,21 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", help=f"trained weights of {MODEL}; random ones are a far weaker check")
     parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")
+    parser.add_argument("--only", default="tests,fidelity,flow", help="of tests, fidelity and flow")
     args = parser.parse_args(arguments)
+    only = args.only.split(",")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     device = "cuda" if count_gpus() else "cpu"
     checkpoint = args.checkpoint and os.path.abspath(args.checkpoint)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        checks = attempt("pytest -m gpu, loaders", gpu_tests) if device == "cuda" else []
-        checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
-        checks += attempt("flow", flow, device, checkpoint, folder)
-        checks += attempt("reading", readers if device == "cuda" else read_back, folder)
+        checks: list[Check] = []
+        if device == "cuda" and "tests" in only:
+            checks += attempt("pytest -m gpu, loaders", gpu_tests)
+        if "fidelity" in only:
+            checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
+        if "flow" in only:
+            checks += attempt("flow", flow, device, checkpoint, folder)
+            checks += attempt("reading", readers if device == "cuda" else read_back, folder)
     print("\n| check | | found |\n|---|---|---|")
     for check in checks:
         print(f"| {check.what} | {'ok' if check.passed else 'FAILED'} | {check.found} |")

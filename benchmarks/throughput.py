@@ -362,7 +362,9 @@ def _shard_batches(tar: str, config: dict[str, Any], batch_size: int, device: st
     side = config["input_size"][-1]
     scale = [[255 * value for value in config[name]] for name in ("mean", "std")]
 
-    @pipeline_def(batch_size=batch_size, num_threads=NEMO_THREADS, device_id=0 if on_gpu else None)  # type: ignore[call-overload]
+    device_id: Any = 0 if on_gpu else None
+
+    @pipeline_def(batch_size=batch_size, num_threads=NEMO_THREADS, device_id=device_id)
     def pipeline() -> Any:
         data, text, meta = fn.readers.webdataset(
             paths=tar, index_paths=str(index), ext=["jpg", "txt", "json"], name="in"

@@ -88,6 +88,7 @@ def task_runner(device: str, workers: int, scheduler: str | None) -> DaskTaskRun
     if scheduler is not None:
         return DaskTaskRunner(address=scheduler)
     if device == "cuda":
+        _set_threads(max(1, available_cores() // workers))
         return DaskTaskRunner(cluster_class="dask_cuda.LocalCUDACluster", cluster_kwargs=_gpu_cluster(workers))
     return DaskTaskRunner(cluster_class="distributed.LocalCluster", cluster_kwargs=_cpu_cluster(workers))
 
@@ -104,7 +105,6 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
         "silence_logs": 40,
-        "env": _threads(max(1, available_cores() // workers)),
     }
 
 
@@ -125,3 +125,10 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
 def _threads(count: int) -> dict[str, str]:
     """Dask sets these to 1; a worker here is the only one to use its share of the cores."""
     return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+def _set_threads(count: int) -> None:
+    """The same for workers of dask-cuda, which replaces `env` by its own."""
+    import dask
+
+    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in _threads(count).items()})
