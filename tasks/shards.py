@@ -16,6 +16,9 @@ from tasks.storage import Folder
 FORMAT = 1
 """Version of what embeddings files hold; part of every key, so a change makes them again."""
 
+UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d --rm FILE", ".tar.xz": "unxz FILE"}
+"""Compressed tars, and what unpacks them."""
+
 RECORD = b"shard_embed"
 """The key under which a Parquet footer carries its record."""
 
@@ -104,16 +107,21 @@ class MergeRecord:
 def find_shards(dataset: str, output: str) -> list[Shard]:
     """Every `.tar` below the dataset's folder, sorted by name.
 
-    :raises InputError: no such folder, or no tar in it.
+    :raises InputError: no such folder, no tar in it, or compressed ones, which have no offsets to read at.
     """
     folder = Folder(dataset)
     if not folder.exists():
         raise InputError(f"{dataset}: no such folder; give the folder that holds the .tar shards")
-    metadata = {file.name.removesuffix(".parquet"): file.fingerprint for file in folder.list(".parquet")}
+    files = folder.list(".tar", ".parquet", *UNPACK)
+    metadata = {f.name.removesuffix(".parquet"): f.fingerprint for f in files if f.name.endswith(".parquet")}
     shards = []
-    for file in folder.list(".tar"):
-        name = file.name.removesuffix(".tar")
-        shards.append(Shard(name, dataset, output, file.size, file.fingerprint, metadata.get(name)))
+    for file in files:
+        for suffix, command in UNPACK.items():
+            if file.name.endswith(suffix):
+                raise InputError(f"{dataset}/{file.name}: compressed shards are not read; unpack it: {command}")
+        if file.name.endswith(".tar"):
+            name = file.name.removesuffix(".tar")
+            shards.append(Shard(name, dataset, output, file.size, file.fingerprint, metadata.get(name)))
     if not shards:
         raise InputError(f"{dataset}: no .tar files; give the folder that holds the WebDataset shards")
     return shards

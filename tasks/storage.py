@@ -65,8 +65,8 @@ class Folder:
         """Whether the folder is there."""
         return bool(self.fs.isdir(self._resolved[1]))
 
-    def list(self, suffix: str) -> list[FileInfo]:
-        """Every file below the folder that ends in `suffix`, sorted by name; hidden files and folders left out."""
+    def list(self, *suffixes: str) -> list[FileInfo]:
+        """Every file below the folder that ends in a suffix, sorted by name; hidden files and folders left out."""
         root = self._resolved[1]
         self.fs.invalidate_cache()  # other processes write here
         try:
@@ -76,7 +76,7 @@ class Folder:
         files = []
         for path, info in found.items():
             name = path.removeprefix(root).lstrip("/")
-            if name.endswith(suffix) and not any(part.startswith(".") for part in name.split("/")):
+            if name.endswith(suffixes) and not any(part.startswith(".") for part in name.split("/")):
                 files.append(FileInfo(name, int(info.get("size") or 0), _fingerprint(info)))
         return sorted(files, key=lambda file: file.name)
 

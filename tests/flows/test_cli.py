@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +48,16 @@ def test_no_such_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 def test_no_tars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     assert "no .tar files" in fails(capsys, tmp_path / "out", tmp_path / "data")
+
+
+@pytest.mark.parametrize(("ending", "command"), [(".tar.gz", "gunzip"), (".tar.zst", "zstd -d")])
+def test_compressed_shards_say_how_to_unpack(
+    capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, ending: str, command: str
+) -> None:
+    (dataset / f"00002{ending}").write_bytes(b"compressed")
+    line = fails(capsys, tmp_path / "out", dataset, *TINY)
+    assert f"00002{ending}" in line
+    assert command in line
 
 
 def test_unknown_model_names_the_closest(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
@@ -105,7 +116,7 @@ def test_wrong_options(
     assert says in fails(capsys, tmp_path / "out", dataset, *arguments)
 
 
-def test_json_is_all_there_is_on_stdout(command: Callable[..., object], dataset: Path, tmp_path: Path) -> None:
+def test_json_is_all_there_is_on_stdout(command: Callable[..., Any], dataset: Path, tmp_path: Path) -> None:
     """A run with no server configured: it starts one, and leaves neither it nor a worker behind."""
     output = tmp_path / "out"
     done = command(dataset, "--output", output, *TINY, "--json", "--workers", 2, PREFECT_HOME=str(tmp_path / "prefect"))

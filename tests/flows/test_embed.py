@@ -55,7 +55,7 @@ def dali(
 @pytest.fixture(scope="module")
 def expected(demo_dataset: Path, checkpoint: Path) -> dict[str, np.ndarray]:
     """id: the vector of each photograph that timm itself gives: Pillow, timm's transform, float32, one by one."""
-    model = timm.create_model(MODEL, checkpoint_path=str(checkpoint)).eval()
+    model: Any = timm.create_model(MODEL, checkpoint_path=str(checkpoint)).eval()
     model.reset_classifier(0)
     transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     found = {}
@@ -81,7 +81,7 @@ def photographs(dataset: Path) -> Iterator[tuple[str, bytes]]:
 
 def cosines(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> np.ndarray:
     assert found.keys() == expected.keys()
-    return np.array([np.float64(found[key]) @ np.float64(expected[key]) for key in expected])
+    return np.array([np.dot(found[key].astype(np.float64), expected[key].astype(np.float64)) for key in expected])
 
 
 def test_every_photograph_has_timms_vector(dali: tuple[Path, Manifest], expected: dict[str, np.ndarray]) -> None:

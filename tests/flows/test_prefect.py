@@ -48,7 +48,9 @@ async def task_runs_of(flow_run_name: str) -> list[Any]:
             flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name]))
         )
         found = await client.read_task_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [max(flow_runs, key=lambda r: r.created).id]}})
+            flow_run_filter=FlowRunFilter.model_validate(
+                {"id": {"any_": [sorted(flow_runs, key=lambda r: str(r.created))[-1].id]}}
+            )
         )
     return sorted(found, key=lambda run: run.name)
 
