@@ -143,11 +143,13 @@ class TimmImageEmbedder(ImageEmbedder):
         return contrastive and bool(cfg.get("num_classes")) and cfg["num_classes"] not in LABEL_COUNTS
 
     def check(self) -> None:
-        """Resolve the weights now.
+        """Resolve the weights now, and see that a checkpoint fits.
 
-        :raises InputError: unknown model, or weights that cannot be had.
+        :raises InputError: unknown model, weights that cannot be had, or that are another model's.
         """
         _ = self.weights
+        if self.checkpoint is not None:
+            self.create_model()
 
     def fingerprint(self) -> dict[str, Any]:
         """Model, weights, preprocessing, precision and normalisation."""
@@ -207,18 +209,33 @@ class TimmImageEmbedder(ImageEmbedder):
         import timm
         import torch
 
-        torch.manual_seed(0)  # random weights must be the same on every worker
         head: dict[str, Any] = {} if self.keeps_head else {"num_classes": 0}
-        name = self.model_name
+        overlay: dict[str, Any] = {}
         if self.checkpoint is not None:
-            overlay = {"state_dict": _read_checkpoint(self.checkpoint), "source": ""}
-            try:
-                return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **head)
-            except RuntimeError as error:
-                raise InputError(
-                    f"checkpoint {self.checkpoint!r} does not fit {name!r}: {_first_lines(error)}"
-                ) from error
-        return timm.create_model(name, pretrained=self.weights.identity != RANDOM, **head)
+            overlay = {"pretrained_cfg_overlay": {"state_dict": _read_checkpoint(self.checkpoint), "source": ""}}
+        pretrained = self.weights.identity != RANDOM
+
+        def create(seed: int) -> torch.nn.Module:
+            torch.manual_seed(seed)  # random weights must be the same on every worker
+            return timm.create_model(self.model_name, pretrained=pretrained, **overlay, **head)
+
+        if self.checkpoint is None:
+            return create(0)
+        try:
+            model = create(0)
+            # timm loads what fits. What it left random differs from seed to seed.
+            state, other = model.state_dict(), create(1).state_dict()
+        except (RuntimeError, KeyError) as error:
+            raise InputError(
+                f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: {_first_lines(error)}"
+            ) from error
+        missing = [name for name in state if not torch.equal(state[name], other[name])]
+        if missing:
+            raise InputError(
+                f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: "
+                f"it lacks {len(missing)} of {len(state)} tensors, such as {missing[0]}"
+            )
+        return model
 
     def _dtype(self, device: str) -> torch.dtype:
         import torch

@@ -48,9 +48,10 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     shards = find_shards(config.dataset, config.output)
     device = "auto" if config.scheduler else choose_device(config.device)
     embedder = embedder if embedder is not None else config.build_embedder()
-    embedder.check()
     fingerprint = embedder.fingerprint()
     plan = make_plan(shards, digest(fingerprint), merge_options(config, embedder), overwrite=config.overwrite)
+    if plan.to_embed:
+        embedder.check()
     _check_inputs(plan.to_embed, config, embedder.image_component)
     return Work(embedder, fingerprint, device, plan, started)
 

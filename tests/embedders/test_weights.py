@@ -65,12 +65,9 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path, name: str) -> None
         embedder_of(tmp_path / name).check()
 
 
-UNNOTICED = pytest.mark.xfail(reason="timm loads what fits and leaves the rest random; TimmImageEmbedder lets it")
-
-
 @pytest.mark.parametrize(
     "model",
-    ["resnet18", pytest.param("tf_efficientnet_lite1", marks=UNNOTICED), pytest.param("test_vit", marks=UNNOTICED)],
+    ["resnet18", "tf_efficientnet_lite1", "test_vit"],
 )
 def test_a_checkpoint_of_another_architecture_is_refused_in_one_line(checkpoint: Path, model: str) -> None:
     with pytest.raises(InputError, match=f"does not fit '{model}'") as caught:

@@ -74,6 +74,13 @@ def test_weights_out_of_reach_name_the_ways_out(
     assert "no checkpoint file" in line
 
 
+def test_a_checkpoint_of_another_model_is_refused(
+    capsys: pytest.CaptureFixture[str], dataset: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    call = ["--model-name", "tf_efficientnet_lite1", "--device", "cpu", "--checkpoint", checkpoint]
+    assert "does not fit 'tf_efficientnet_lite1'" in fails(capsys, tmp_path / "out", dataset, *call)
+
+
 def test_missing_id_column_names_the_columns(capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path) -> None:
     line = fails(capsys, tmp_path / "out", dataset, *TINY, "--id-col", "uid")
     assert "'uid'" in line
