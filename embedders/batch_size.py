@@ -1,0 +1,83 @@
+"""The batch size of a model on a GPU: the smallest on the flat part of its throughput, within the GPU's memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
+FLAT = 0.97
+"""A batch size is good enough at this share of the best throughput found."""
+MEMORY = 0.6
+"""Share of the GPU's memory that a batch may take; decoders and the next batches need the rest."""
+
+
+class Measured(NamedTuple):
+    """A batch size and the images a second it gave."""
+
+    size: int
+    rate: float
+
+
+def choose(measured: Sequence[Measured]) -> Measured:
+    """The smallest batch size whose throughput is as good as the best."""
+    best = max(rate for _, rate in measured)
+    return next(m for m in sorted(measured) if m.rate >= FLAT * best)
+
+
+def climb(rate_of: Callable[[int], float | None], sizes: Sequence[int] = SIZES) -> Iterator[Measured]:
+    """Measure growing sizes until one does not fit (None) or two in a row are no faster than what came before."""
+    best, no_better = 0.0, 0
+    for size in sizes:
+        rate = rate_of(size)
+        if rate is None:
+            return
+        yield Measured(size, rate)
+        no_better = 0 if rate * FLAT > best else no_better + 1
+        best = max(best, rate)
+        if no_better == 2:
+            return
+
+
+def best_batch(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor) -> Measured:
+    """The batch size for `model` on the GPU that `image`, (channels, height, width), is on; about a second.
+
+    :raises torch.OutOfMemoryError: not even the smallest batch fits.
+    """
+    import torch
+
+    limit = MEMORY * torch.cuda.get_device_properties(image.device).total_memory
+
+    def rate_of(size: int) -> float | None:
+        try:
+            torch.cuda.reset_peak_memory_stats(image.device)
+            rate = images_per_second(model, image.expand(size, *image.shape).contiguous())
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if size == SIZES[0]:
+                raise
+            return None
+        return rate if torch.cuda.max_memory_allocated(image.device) < limit else None
+
+    measured = list(climb(rate_of))
+    return choose(measured) if measured else Measured(SIZES[0], 0.0)
+
+
+def images_per_second(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> float:
+    """What `model` does with `images`, (n, channels, height, width), after a warm-up of two batches."""
+    import torch
+
+    with torch.inference_mode():
+        for _ in range(2):
+            model(images)
+        torch.cuda.synchronize()
+        started, batches = time.perf_counter(), 0
+        while batches < 3 or time.perf_counter() - started < 0.05:
+            model(images)
+            batches += 1
+            torch.cuda.synchronize()
+        return batches * len(images) / (time.perf_counter() - started)
