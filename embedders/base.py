@@ -91,6 +91,15 @@ class ImageEmbedder(ABC):
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
+    @property
+    def decoder(self) -> str:
+        """What decoded the images, as the records of shards say it; empty where that is the embedder's own affair."""
+        return ""
+
+    def accepts(self, decoder: str) -> bool:
+        """Whether a shard that `decoder` decoded counts as done for this embedder."""
+        return True
+
     def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
         """Batches of a stream of shards, by default shard by shard from `load_dataset_shard`, joined by id."""
         for number, shard in enumerate(shards):

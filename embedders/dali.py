@@ -366,7 +366,7 @@ def _pipeline(
     def decoded() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
         where = "mixed" if decode is Decode.FAST else "cpu"
-        share = {"hw_decoder_load": HARDWARE_SHARE} if decode is Decode.FAST else {}
+        share: dict[str, Any] = {"hw_decoder_load": HARDWARE_SHARE} if decode is Decode.FAST else {}
         images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False, **share)
         return images.gpu() if on_gpu and decode is Decode.EXACT else images
 

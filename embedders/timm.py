@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
+from embedders.batch_size import Measured, best_batch, images_per_second
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, Loader
@@ -34,6 +35,10 @@ EXACT_IMAGES_A_CORE = 400
 
 COMPILE_AFTER = 120.0
 """Seconds of work after which a model is compiled: compiling takes 15 to 20, so shorter runs would not earn it back."""
+
+
+PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "weights"})
+"""Attributes that belong to one process and do not travel."""
 
 
 class LoaderKind(enum.StrEnum):
@@ -112,7 +117,7 @@ class TimmImageEmbedder(ImageEmbedder):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one process: the loader and the resolved weights."""
-        return {k: v for k, v in vars(self).items() if k not in {"_loader", "_model_rate", "weights"}}
+        return {k: v for k, v in vars(self).items() if k not in PROCESS_OWNED}
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -184,6 +189,8 @@ class TimmImageEmbedder(ImageEmbedder):
             model = model.to(memory_format=torch.channels_last)
         layout = torch.channels_last if convolutional else torch.contiguous_format
         forward: Callable[[torch.Tensor], torch.Tensor] = model
+        if device.startswith("cuda"):
+            self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), device)
         if device.startswith("cuda") and self.compile_model is not False:
             forward = CompiledLater(model, self.input_batch(device), 0 if self.compile_model else COMPILE_AFTER)
 
@@ -191,15 +198,27 @@ class TimmImageEmbedder(ImageEmbedder):
             vectors = forward(images.to(device=device, dtype=self._dtype(device), memory_format=layout)).float()
             return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors
 
-        if device.startswith("cuda") and self.decode == "auto":
-            shape = (self.input_batch(device), *self.data_config["input_size"])
-            images = torch.zeros(shape, device=device, dtype=self._dtype(device)).to(memory_format=layout)
-            self._model_rate = _images_per_second(model, images)
         return embed
 
+    def _measure(self, model: Callable[[torch.Tensor], torch.Tensor], device: str) -> Measured:
+        """The batch size to use on this GPU and what the model alone does with it."""
+        import torch
+
+        image = torch.zeros(self.data_config["input_size"], device=device, dtype=self._dtype(device))
+        if self.batch_size == "auto":
+            return best_batch(model, image)
+        try:
+            rate = images_per_second(model, image.expand(self.batch_size, *image.shape).contiguous())
+        except torch.OutOfMemoryError:  # the engine halves such batches
+            rate = 0.0
+        return Measured(self.batch_size, rate)
+
     def input_batch(self, device: str) -> int:
-        """Images of a full batch on `device`."""
-        return AUTO_BATCH_SIZE[device.partition(":")[0]] if self.batch_size == "auto" else self.batch_size
+        """Images of a full batch on `device`; on a GPU with "auto" it is measured when the model is loaded."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        measured: Measured | None = getattr(self, "_measured", None)
+        return measured.size if measured else AUTO_BATCH_SIZE[device.partition(":")[0]]
 
     def create_model(self) -> torch.nn.Module:
         """The model as timm makes it, on the CPU in float32, without its classifier.
@@ -246,7 +265,7 @@ class TimmImageEmbedder(ImageEmbedder):
         """Yield `(images, metadata)` of one local tar, the id under "key", on the GPU where there is one."""
         import torch
 
-        shard = open_shard(tar_path)
+        shard = open_shard(tar_path, image_component=self.image_component)
         for batch in self.batches([shard], "cuda" if torch.cuda.is_available() else "cpu"):
             if batch.rows:
                 yield batch.images, [{shard.id_col: shard.ids[row.sample]} for row in batch.rows]
@@ -258,6 +277,17 @@ class TimmImageEmbedder(ImageEmbedder):
             return
         for batch in self._open_loader(device).batches(_encoded(shards)):
             yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+
+    @property
+    def decoder(self) -> str:
+        """ "exact" or "fast" for DALI's decoders, "reference" for Pillow; empty until the first batch."""
+        return getattr(self, "_decoder", "")
+
+    def accepts(self, decoder: str) -> bool:
+        """A shard decoded more exactly than asked for is as good; one decoded less exactly is to be done again."""
+        if self.loader is LoaderKind.REFERENCE:
+            return decoder == "reference"
+        return self.decode != "exact" or decoder != "fast"
 
     def _open_loader(self, device: str) -> Loader:
         if not hasattr(self, "_loader"):
@@ -281,6 +311,7 @@ class TimmImageEmbedder(ImageEmbedder):
         try:
             preprocessing = self.preprocessing
         except NotConvertible as why:
+            self._decoder = "reference"
             if self.loader is LoaderKind.REFERENCE:
                 return ReferenceLoader(**common)
             if self.loader is LoaderKind.DALI:
@@ -290,9 +321,11 @@ class TimmImageEmbedder(ImageEmbedder):
             warnings.warn(f"{self.model_name}: using the reference loader: {why}", stacklevel=2)
             return ReferenceLoader(**common)
         if self.loader is LoaderKind.REFERENCE:
+            self._decoder = "reference"
             return ReferenceLoader(preprocessing=preprocessing, mode=preprocessing.mode, **common)
         fast = self.decode == "fast" or (self.decode == "auto" and self._outruns_the_cores)
         decode = Decode.FAST if kind == "cuda" and fast else Decode.EXACT
+        self._decoder = str(decode)
         return DaliLoader(preprocessing=preprocessing, decode=decode, **common)
 
     @property
@@ -302,7 +335,8 @@ class TimmImageEmbedder(ImageEmbedder):
     @property
     def _outruns_the_cores(self) -> bool:
         """Whether the model on its GPU is faster than decoding on this worker's cores."""
-        return getattr(self, "_model_rate", 0.0) > EXACT_IMAGES_A_CORE * self._threads
+        measured: Measured | None = getattr(self, "_measured", None)
+        return measured is not None and measured.rate > EXACT_IMAGES_A_CORE * self._threads
 
 
 class CompiledLater:
@@ -347,23 +381,6 @@ class CompiledLater:
             return self._model(images)
         self._run = run
         return vectors
-
-
-def _images_per_second(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """How fast a model on a GPU takes a batch; 0 if the batch does not fit."""
-    import torch
-
-    try:
-        with torch.inference_mode():
-            model(images)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(3):
-                model(images)
-            torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        return 0.0
-    return 3 * len(images) / (time.perf_counter() - started)
 
 
 def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:

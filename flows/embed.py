@@ -112,7 +112,7 @@ def embed(config: EmbedConfig) -> Manifest:
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
     options = merge_options(config, work.embedder)
-    return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True)
+    return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True, accepts=work.embedder.accepts)
 
 
 def _embed_all(

@@ -49,7 +49,13 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     device = "auto" if config.scheduler else choose_device(config.device)
     embedder = embedder if embedder is not None else config.build_embedder()
     fingerprint = embedder.fingerprint()
-    plan = make_plan(shards, digest(fingerprint), merge_options(config, embedder), overwrite=config.overwrite)
+    plan = make_plan(
+        shards,
+        digest(fingerprint),
+        merge_options(config, embedder),
+        overwrite=config.overwrite,
+        accepts=embedder.accepts,
+    )
     if plan.to_embed:
         embedder.check()
     _check_inputs(plan.to_embed, config, embedder.image_component)

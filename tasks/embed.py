@@ -90,6 +90,7 @@ class _GroupRun:
         self.options = options
         self.records: list[EmbeddingRecord] = []
         self.done: set[str] = set()
+        self.engine: Engine | None = None
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
 
@@ -99,6 +100,7 @@ class _GroupRun:
             writes: list[Future[None]] = []
             try:
                 engine = worker_engine(self.embedder, self.options.fingerprint, resolve_device(self.options.device))
+                self.engine = engine
                 with contextlib.closing(read_ahead(self._opened(shards))) as opened:
                     for embedded in engine.embed(opened):
                         writes.append(writer.submit(self._write, embedded))
@@ -116,7 +118,9 @@ class _GroupRun:
         for shard in shards:
             key = embedding_key(shard, self.options.fingerprint, self.options.id_col)
             done = read_embedding_record(shard.target, shard.embeddings_file)
-            if done is not None and done.key == key:  # a retry: an earlier try got this far
+            if (
+                done is not None and done.key == key and self.embedder.accepts(done.decoder)
+            ):  # a retry: an earlier try got this far
                 self._note(shard, done)
                 continue
             stack = contextlib.ExitStack()
@@ -146,7 +150,8 @@ class _GroupRun:
                     raise MalformedShard(
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
-                self._note(shard, write_embeddings(shard, embedded, self.embedder, self.options.fingerprint))
+                assert self.engine is not None  # it gave what is written here
+                self._note(shard, write_embeddings(shard, embedded, self.engine.embedder, self.options.fingerprint))
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
@@ -186,6 +191,7 @@ def write_embeddings(
         embedded=len(embedded.ids),
         quarantined=dict(Counter(sample.reason for sample in embedded.quarantined)),
         dimensions=embedded.vectors.shape[1],
+        decoder=embedder.decoder,
         versions=versions(),
     )
     if not record.balanced:

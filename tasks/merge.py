@@ -161,7 +161,7 @@ def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> dict[str, A
         raise OSError(f"{shard.embeddings_file} went away while it was merged")
     vectors = len(table) - table.column(options.column).null_count
     record = MergeRecord(
-        key=merge_key(shard, embedding.key, options.as_dict()),
+        key=merge_key(shard, embedding.version, options.as_dict()),
         rows=len(table),
         rows_without_embedding=metadata_rows(shard, embedding.samples) - vectors,
         embeddings_without_row=embedding.embedded - vectors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,18 @@ class Plan:
         return embedding_key(shard, self.embedder, self.id_col)
 
 
-def make_plan(shards: Sequence[Shard], embedder: str, options: MergeOptions, *, overwrite: bool = False) -> Plan:
+def make_plan(
+    shards: Sequence[Shard],
+    embedder: str,
+    options: MergeOptions,
+    *,
+    overwrite: bool = False,
+    accepts: Callable[[str], bool] = lambda decoder: True,
+) -> Plan:
     """Read what the output holds of these shards.
 
     :param embedder: the digest of the embedder's fingerprint.
+    :param accepts: whether a shard that a decoder decoded counts as done.
     :raises InputError: the output was made with another embedder and `overwrite` is not set.
     """
     target = shards[0].target
@@ -78,12 +86,12 @@ def make_plan(shards: Sequence[Shard], embedder: str, options: MergeOptions, *, 
                 "give another --output, or --overwrite to replace them"
             )
         listed = not record.quarantined or f"{shard.name}.parquet" in quarantined
-        if record.key == embedding_key(shard, embedder, options.id_col) and listed:
+        if record.key == embedding_key(shard, embedder, options.id_col) and listed and accepts(record.decoder):
             embedded[shard.name] = record
     merged: dict[str, MergeRecord] = {}
     for shard, done in zip(shards, _records(shards, "metadata", read_merge_record), strict=True):
         record = embedded.get(shard.name)
-        if done and record and done.key == merge_key(shard, record.key, options.as_dict()):
+        if done and record and done.key == merge_key(shard, record.version, options.as_dict()):
             merged[shard.name] = done
     return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
 

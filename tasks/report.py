@@ -47,6 +47,7 @@ class Manifest(BaseModel):
     embeddings_without_row: int = 0
     failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
+    decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
     versions: dict[str, str] = {}
 
 
@@ -79,6 +80,7 @@ def account(
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),
         failures={failure.shard: failure.error for failure in failures},
         embedder=dict(embedder),
+        decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         versions=records[0].versions if records else {},
     )
 

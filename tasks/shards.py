@@ -89,6 +89,11 @@ class EmbeddingRecord:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def version(self) -> str:
+        """What a merged file depends on: another decoder gives other vectors under the same key."""
+        return f"{self.key} {self.decoder}"
+
+    @property
     def balanced(self) -> bool:
         """Whether every sample is either embedded or quarantined."""
         return self.samples == self.embedded + sum(self.quarantined.values())

@@ -209,6 +209,20 @@ def test_a_damaged_tar_fails_by_name_and_stops_no_other(server: str, demo_datase
     assert (manifest.shards_failed, manifest.shards_cached, manifest.embedded) == (0, 3, 254)
 
 
+def test_a_shard_decoded_less_exactly_than_asked_for_is_done_again(small: tuple[Path, Path]) -> None:
+    dataset, output = small
+    manifest = embed_tiny(dataset, output)
+    assert (manifest.shards_cached, manifest.decoders) == (4, {"exact": 4})
+    reference = TimmImageEmbedder(TINY, pretrained=False, loader="reference")
+    manifest = embed_dataset(str(dataset), str(output), reference, device="cpu")
+    assert (manifest.shards_cached, manifest.decoders) == (0, {"reference": 4})
+    merged = pq.read_table(output / "metadata/00000.parquet")
+    embedded = pq.read_table(output / "embeddings/00000.parquet")
+    vectors_of = dict(zip(embedded["id"].to_pylist(), embedded["image_embedding"].to_pylist(), strict=True))
+    assert merged["image_embedding"].to_pylist() == [vectors_of[key] for key in merged["key"].to_pylist()]
+    assert embed_tiny(dataset, output).shards_cached == 4  # by default either will do
+
+
 def test_null_keeps_the_rows_of_bad_images(small: tuple[Path, Path]) -> None:
     dataset, output = small
     assert embed_tiny(dataset, output, on_error="null").shards_cached == 4

@@ -23,8 +23,9 @@ def shards(tmp_path: Path) -> list[Shard]:
     for shard in made:
         bad = {"empty": 1} if shard is made[2] else {}
         key = embedding_key(shard, "e", "key")
-        write(shard, shard.embeddings_file, EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4))
-        write(shard, shard.merged_file, MergeRecord(merge_key(shard, key, OPTIONS.as_dict()), 2, 0, 0))
+        record = EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4)
+        write(shard, shard.embeddings_file, record)
+        write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
     made[2].target.write_text(made[2].quarantine_file, "")
     return made
 
