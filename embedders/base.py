@@ -92,6 +92,11 @@ class ImageEmbedder(ABC):
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
     @property
+    def notice(self) -> str:
+        """One line that a person should read before a run, or nothing."""
+        return ""
+
+    @property
     def decoder(self) -> str:
         """What decoded the images, as the records of shards say it; empty where that is the embedder's own affair."""
         return ""

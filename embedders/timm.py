@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -279,6 +278,17 @@ class TimmImageEmbedder(ImageEmbedder):
             yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
 
     @property
+    def notice(self) -> str:
+        """Why DALI is not used, where it could be asked to and cannot follow the model's transform."""
+        if self.loader is LoaderKind.REFERENCE:
+            return ""
+        try:
+            _ = self.preprocessing
+        except NotConvertible as why:
+            return f"{self.model_name}: using the reference loader, since {why}"
+        return ""
+
+    @property
     def decoder(self) -> str:
         """ "exact" or "fast" for DALI's decoders, "reference" for Pillow; empty until the first batch."""
         return getattr(self, "_decoder", "")
@@ -318,7 +328,6 @@ class TimmImageEmbedder(ImageEmbedder):
                 raise InputError(
                     f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto"
                 ) from why
-            warnings.warn(f"{self.model_name}: using the reference loader: {why}", stacklevel=2)
             return ReferenceLoader(**common)
         if self.loader is LoaderKind.REFERENCE:
             self._decoder = "reference"

@@ -60,6 +60,8 @@ def embed_dataset(
 def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
     """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run."""
     work = prepare(config, embedder)
+    if work.embedder.notice:
+        progress.note(work.embedder.notice)
     if not work.anything and not has_server():
         spent = Spent(time.monotonic() - work.started)
         manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)

@@ -18,6 +18,9 @@ from tasks.shards import EmbeddingRecord
 class Progress(Protocol):
     """Is told what a run finds and does."""
 
+    def note(self, text: str) -> None:
+        """A line that a person should read."""
+
     def found(self, plan: Plan) -> None:
         """The plan before the work."""
 
@@ -33,6 +36,9 @@ class Progress(Protocol):
 
 class Silent:
     """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
 
     def found(self, plan: Plan) -> None:
         """Nothing."""
@@ -64,6 +70,10 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self.task: TaskID | None = None
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        self.console.print(text)
 
     def found(self, plan: Plan) -> None:
         """Say what there is to do."""

@@ -94,12 +94,14 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:
     A shard that cannot be indexed is only logged here: its embedding meets the same error and reports it, and the
     shards beside it must not wait for a task that failed.
     """
-    samples = 0
+    samples, logger = 0, get_run_logger()
     for shard in shards:
         try:
-            ids = open_local(shard, shard.source.path(shard.tar), id_col, keep=True).ids
-            check_metadata(shard, id_col, ids)
-            samples += len(ids)
+            opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
+            check_metadata(shard, id_col, opened.ids)
+            samples += len(opened.ids)
+            if ignored := opened.index.ignored:
+                logger.info("%s: %d members are no samples, such as %s", shard.tar, len(ignored), ignored[0])
         except Exception as error:
-            get_run_logger().warning("%s: %s", shard.name, error)
+            logger.warning("%s: %s", shard.name, error)
     return samples
