@@ -136,18 +136,18 @@ def to_levels(batch: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
 # --- the flow ---------------------------------------------------------------------------------------------------------
 
 
-def flow(device: str, checkpoint: str | None, folder: str) -> list[Check]:
+def flow(device: str, checkpoint: str | None, dataset: str | None, folder: str) -> list[Check]:
     """embed_dataset with damaged images in the dataset, then again, then with null rows."""
     from embedders import TimmImageEmbedder
     from flows.demo_data import BROKEN, build_dataset
     from flows.embed import embed_dataset
 
-    build_dataset(Path(folder, "dataset"), shards=4, samples=64)
+    dataset = dataset or str(build_dataset(Path(folder, "dataset")))
 
     def run(**parameters: Any) -> Any:
         embedder = TimmImageEmbedder(MODEL, pretrained=checkpoint is not None, checkpoint=checkpoint)
         where = "gpu" if device == "cuda" else "cpu"
-        return embed_dataset(f"{folder}/dataset", f"{folder}/output", embedder, device=where, **parameters)
+        return embed_dataset(dataset, f"{folder}/output", embedder, device=where, **parameters)
 
     first = run()
     context = has_cuda_context()
@@ -230,6 +230,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", help=f"trained weights of {MODEL}; random ones are a far weaker check")
     parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")
+    parser.add_argument("--dataset", help="the demo's dataset, where the packages it is made from are missing")
     parser.add_argument("--only", default="tests,fidelity,flow", help="of tests, fidelity and flow")
     args = parser.parse_args(arguments)
     only = args.only.split(",")
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str]) -> int:
         if "fidelity" in only:
             checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
         if "flow" in only:
-            checks += attempt("flow", flow, device, checkpoint, folder)
+            checks += attempt("flow", flow, device, checkpoint, args.dataset, folder)
             checks += attempt("reading", readers if device == "cuda" else read_back, folder)
     print("\n| check | | found |\n|---|---|---|")
     for check in checks:
