@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.tasks import exponential_backoff
 
 from embedders.base import ImageEmbedder
 from embedders.engine import EmbeddedShard, Engine, QuarantinedSample
 from embedders.errors import MalformedShard
 from embedders.webdataset import OpenShard
-from tasks.failures import ShardFailure, ShardsFailed, retry_if_it_can_pass
+from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import check_metadata, open_local
 from tasks.shards import EmbeddingRecord, Shard, digest, embedding_key, read_embedding_record, with_record
 
@@ -259,11 +258,8 @@ def versions() -> dict[str, str]:
 @task(
     name="shard-embedding",
     task_run_name="embed {span}",
-    retries=3,
-    retry_delay_seconds=exponential_backoff(backoff_factor=1),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=retry_if_it_can_pass,
     cache_policy=NO_CACHE,  # the embeddings file is the cache: a record that can be gone is none
+    **RETRIES,
 )
 def embed_shards(
     shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str

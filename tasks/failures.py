@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefect.tasks import exponential_backoff
+
 PERMANENT_IO = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -49,3 +51,12 @@ def retry_if_it_can_pass(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's retry condition: some shard of the group failed for a reason that passes."""
     error = state.result(raise_on_failure=False)
     return any(f.transient for f in error.failures) if isinstance(error, ShardsFailed) else passes(error)
+
+
+RETRIES: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=1),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": retry_if_it_can_pass,
+}
+"""How a stage is tried again: soon, since a retry that sleeps holds its worker, and only for what can pass."""

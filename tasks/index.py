@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.tasks import exponential_backoff
 
 from embedders.errors import InputError
 from embedders.webdataset import (
@@ -21,7 +20,6 @@ from embedders.webdataset import (
     parse_index,
     read_tar,
 )
-from tasks.failures import retry_if_it_can_pass
 from tasks.shards import Shard
 
 
@@ -82,10 +80,6 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) 
 @task(
     name="index-generation",
     task_run_name="index {span}",
-    retries=3,
-    retry_delay_seconds=exponential_backoff(backoff_factor=1),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=retry_if_it_can_pass,
     cache_policy=NO_CACHE,  # the index file is the cache
 )
 def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:

@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.tasks import exponential_backoff
 
 from embedders.errors import InputError
 from embedders.loader import Reason
 from embedders.webdataset import canonical_id, open_shard, printable, sample_json
 from tasks.embed import vector_array, write_vectors
-from tasks.failures import ShardFailure, ShardsFailed, retry_if_it_can_pass
+from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.plan import MergeOptions
 from tasks.shards import MergeRecord, Shard, merge_key, read_embedding_record, with_record
 
@@ -182,11 +181,8 @@ def metadata_rows(shard: Shard, samples: int) -> int:
 @task(
     name="metadata-merge",
     task_run_name="merge {span}",
-    retries=3,
-    retry_delay_seconds=exponential_backoff(backoff_factor=1),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=retry_if_it_can_pass,
     cache_policy=NO_CACHE,  # the merged file's footer says what it was made of
+    **RETRIES,
 )
 def merge_shards(shards: Sequence[Shard], options: MergeOptions, backend: str, span: str) -> list[MergeRecord]:
     """Join a group of shards as a job of the cluster this task runs on; see `merge_group`."""
