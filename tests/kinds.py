@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,6 +14,18 @@ from PIL import Image, features
 
 from embedders.loader import Reason
 from flows.demo_data import load_photograph
+
+
+ARITHMETIC_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
+    "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+    "T09PT09PT0//yQARCAAgADADASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwDImenNnLd7VolURgW+vmI8FnPAmXE9"
+    "26HHA6R2CJy7udVIwhwxKNaVd+iS1UIX7qojHFPmIMlL6l9rU3pVJXsHJ/2yDh5FlS1wwk20Lptc+HdBUrckQIrxq4ma6AbyYF5z"
+    "2VYJU2IjVeMHSqfLooa0cZk9awzowj2PTHG/cpNDR8kPEbOZpRIyiXnDZHed8fnBK0IM2kITQPn6VvbwWlrbqTfJnQWMm0FVQ/8A"
+    "xwPGUA9R1A5hbYJqrE3ouvYaonWkPhiDv0q5XqX7Pbgl7tgghDBZDX+iKvjwb1hUzIDZbT12YXTHGRUquylCnqhQJcEfY7AzTaTb"
+    "Dk9+CDYp3WEVfxbpVXCJsZLGGC7BwCiRmo8lq2YoCqT8FfpADwQhH38QWbEeM10YTr2yNfl5Y3gQSw1Kopqz3GBuVIPzKkD/2Q=="
+)
+"""48 x 32 pixels, rewritten with `jpegtran -arithmetic`: no Python library writes the kind."""
 
 
 @cache
@@ -46,6 +59,8 @@ def whole() -> dict[str, Callable[[], bytes]]:
         "jpeg with restarts": lambda: saved(p, "JPEG", restart_marker_rows=1),
         "jpeg grayscale": lambda: saved(p.convert("L"), "JPEG"),
         "jpeg CMYK": lambda: saved(p.convert("CMYK"), "JPEG"),
+        "jpeg YCCK": lambda: as_ycck(saved(p.convert("CMYK"), "JPEG")),
+        "jpeg arithmetic": lambda: ARITHMETIC_JPEG,
         "jpeg stored as RGB": lambda: saved(p, "JPEG", keep_rgb=True),
         "jpeg with trailing bytes": lambda: saved(p, "JPEG") + b"\0" * 300,
         "png RGB": lambda: saved(p, "PNG"),
@@ -78,6 +93,12 @@ def whole() -> dict[str, Callable[[], bytes]]:
     if features.check("avif"):
         kinds["avif"] = lambda: saved(p, "AVIF")
     return kinds
+
+
+def as_ycck(cmyk: bytes) -> bytes:
+    """A CMYK JPEG whose Adobe marker says that its colours are stored as YCCK."""
+    at = cmyk.index(b"Adobe") + 11
+    return cmyk[:at] + b"\x02" + cmyk[at + 1 :]
 
 
 def claims(data: bytes, height: int, width: int) -> bytes:
