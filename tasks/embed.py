@@ -115,11 +115,8 @@ class _GroupRun:
 
     def _opened(self, shards: Sequence[Shard]) -> Iterator[OpenShard]:
         for shard in shards:
-            key = embedding_key(shard, self.options.fingerprint, self.options.id_col)
-            done = read_embedding_record(shard.target, shard.embeddings_file)
-            if (
-                done is not None and done.key == key and self.embedder.accepts(done.decoder)
-            ):  # a retry: an earlier try got this far
+            done = self._done_before(shard)
+            if done is not None:
                 self._note(shard, done)
                 continue
             stack = contextlib.ExitStack()
@@ -139,6 +136,14 @@ class _GroupRun:
                 continue
             self._open[path] = shard, stack
             yield opened
+
+    def _done_before(self, shard: Shard) -> EmbeddingRecord | None:
+        """The record of a shard that an earlier try of this task got done, by the planner's own measure."""
+        record = read_embedding_record(shard.target, shard.embeddings_file)
+        if record is None or record.key != embedding_key(shard, self.options.fingerprint, self.options.id_col):
+            return None
+        listed = not record.quarantined or shard.target.has(shard.quarantine_file)
+        return record if listed and self.embedder.accepts(record.decoder) else None
 
     def _write(self, embedded: EmbeddedShard) -> None:
         shard, stack = self._open.pop(embedded.shard.path)

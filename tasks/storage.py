@@ -65,6 +65,10 @@ class Folder:
         """Whether the folder is there."""
         return bool(self.fs.isdir(self._resolved[1]))
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return bool(self.fs.exists(self.path(name)))
+
     def list(self, *suffixes: str) -> list[FileInfo]:
         """Every file below the folder that ends in a suffix, sorted by name; hidden files and folders left out."""
         root = self._resolved[1]

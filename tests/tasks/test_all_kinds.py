@@ -71,3 +71,13 @@ def test_the_pixel_limit_is_the_callers(tmp_path: Path) -> None:
     write_tar(tmp_path / "data/00000.tar", {"a.jpg": saved(photograph().resize((400, 300)), "JPEG")})
     assert embed(tmp_path / "data", tmp_path / "out", max_pixels=400 * 300 - 1).quarantined == {"too_large": 1}
     assert embed(tmp_path / "data", tmp_path / "out", max_pixels=400 * 300).embedded == 1
+
+
+def test_a_quarantine_that_went_away_is_made_again(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data/00000.tar", {"a.jpg": saved(photograph(), "JPEG"), "b.jpg": b""})
+    embed(tmp_path / "data", tmp_path / "out")
+    quarantine = tmp_path / "out/quarantine/00000.parquet"
+    before = quarantine.read_bytes()
+    quarantine.unlink()
+    embed(tmp_path / "data", tmp_path / "out")
+    assert quarantine.read_bytes() == before
