@@ -175,16 +175,14 @@ def decode_alone(setting: Setting, decode: str) -> float:
     """DaliLoader without a model: bytes of a mapped tar in, normalised batches on the device out."""
     sync = synchronizer(setting.device)
     embedder = setting.embedder(decode=decode, loader="dali")
-    shards = _open(itertools.cycle(setting.tars()))
-    batches = embedder.batches(shards, setting.device)
+    batches = embedder.batches(itertools.cycle(_open(setting.tars())), setting.device)
     return clocked((len(batch.rows) for batch in batches), setting.seconds, sync)
 
 
-def _open(tars: Iterable[str]) -> Iterator[Any]:
+def _open(tars: Iterable[str]) -> list[Any]:
     from embedders.webdataset import open_shard
-    from tasks.embed import read_ahead
 
-    return read_ahead(open_shard(tar) for tar in tars)
+    return [open_shard(tar) for tar in tars]
 
 
 def model_alone(setting: Setting, compile_model: bool) -> float:
@@ -200,11 +198,13 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
         return clocked(counts, setting.seconds, synchronizer(setting.device), 2 if setting.device == "cpu" else WARM_UP)
 
 
-def one_process(setting: Setting) -> dict[str, float]:
+def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
+    from benchmarks import trace
     from embedders.engine import Engine
 
     embedder = setting.embedder()
+    trace.watch()
     engine = Engine(embedder, setting.device)
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
     engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
@@ -215,12 +215,22 @@ def one_process(setting: Setting) -> dict[str, float]:
         return _timed_iterator(original(shards, device), spent, "batches")
 
     embedder.batches = batches  # type: ignore[method-assign]
-    list(engine.embed(_open(setting.tars()[:1])))  # builds the pipeline
+    shards = _open(setting.tars())
+    list(engine.embed(shards[:2]))  # builds the pipeline, and chooses the decoder
+    trace.times()
     spent.update(dict.fromkeys(spent, 0.0))
     started = time.perf_counter()
-    images = sum(len(done.ids) for done in engine.embed(_open(setting.tars())))
+    images = sum(len(done.ids) for done in engine.embed(shards))
     whole = time.perf_counter() - started
-    return {"images_per_second": images / whole, "whole": whole, **spent}
+    device = trace.busy(trace.times())
+    return {
+        "images_per_second": images / whole,
+        "decoder": embedder.decoder,
+        "busy_share": device.share,
+        "longest_gap": device.longest_gap,
+        "whole": whole,
+        **spent,
+    }
 
 
 def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
@@ -240,11 +250,17 @@ def _timed_iterator(items: Iterator[Any], spent: dict[str, float], name: str) ->
         yield item
 
 
-def whole_flow(setting: Setting) -> dict[str, float]:
-    """embed_dataset from the call to its return, and its steady part: from the first embeddings file to the last."""
+def whole_flow(setting: Setting) -> dict[str, Any]:
+    """embed_dataset from the call to its return, and its steady part: from the first embeddings file to the last.
+
+    Busy share and gaps are of the device of the busiest worker, from its twentieth batch to its last.
+    """
+    from benchmarks import trace
     from flows.embed import embed_dataset
 
-    with tempfile.TemporaryDirectory(dir=setting.folder) as output:
+    with tempfile.TemporaryDirectory(dir=setting.folder) as output, tempfile.TemporaryDirectory() as traces:
+        os.environ[trace.FOLDER] = traces
+        os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = json.dumps([trace.__name__])
         device = "gpu" if setting.device == "cuda" else "cpu"
         started = time.time()
         manifest = embed_dataset(f"{setting.folder}/shards", output, setting.embedder(), device=device)
@@ -253,11 +269,17 @@ def whole_flow(setting: Setting) -> dict[str, float]:
             raise RuntimeError(f"not everything was embedded: {manifest}")
         written = sorted(path.stat().st_mtime for path in Path(output, "embeddings").iterdir())
         merged = sorted(path.stat().st_mtime for path in Path(output, "metadata").iterdir())
+        busy = [trace.busy(batches, skip=20) for batches in trace.load(Path(traces))]
     per_shard = manifest.samples / manifest.shards
     steady = per_shard * (len(written) - 1) / (written[-1] - written[0]) if len(written) > 1 else 0.0
     return {
         "whole": manifest.samples / wall,
         "steady": steady,
+        "device": sum(worker.images_per_second for worker in busy),
+        "busy_share": max((worker.share for worker in busy), default=0.0),
+        "longest_gap": max((worker.longest_gap for worker in busy), default=0.0),
+        "mean_gap": max((worker.mean_gap for worker in busy), default=0.0),
+        "decoders": manifest.decoders,
         "seconds": wall,
         "until_first_file": written[0] - started,
         "first_to_last_file": written[-1] - written[0],

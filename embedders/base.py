@@ -91,6 +91,9 @@ class ImageEmbedder(ABC):
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
+    def expect(self, images: int) -> None:  # noqa: B027  # most embedders do not care
+        """Told to the copy of a worker before it loads the model: about how many images that worker will see."""
+
     @property
     def notice(self) -> str:
         """One line that a person should read before a run, or nothing."""

@@ -67,17 +67,23 @@ def best_batch(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
     return choose(measured) if measured else Measured(SIZES[0], 0.0)
 
 
-def images_per_second(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> float:
-    """What `model` does with `images`, (n, channels, height, width), after a warm-up of two batches."""
+def images_per_second(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, warm_up: int = 2, batches: int = 3
+) -> float:
+    """What `model` does with `images`, (n, channels, height, width), after `warm_up` batches, in `batches` or more."""
     import torch
 
-    with torch.inference_mode():
-        for _ in range(2):
-            model(images)
-        torch.cuda.synchronize()
-        started, batches = time.perf_counter(), 0
-        while batches < 3 or time.perf_counter() - started < 0.05:
-            model(images)
-            batches += 1
+    def wait() -> None:
+        if images.is_cuda:
             torch.cuda.synchronize()
-        return batches * len(images) / (time.perf_counter() - started)
+
+    with torch.inference_mode():
+        for _ in range(warm_up):
+            model(images)
+        wait()
+        started, done = time.perf_counter(), 0
+        while done < batches or time.perf_counter() - started < 0.05:
+            model(images)
+            done += 1
+            wait()
+        return done * len(images) / (time.perf_counter() - started)

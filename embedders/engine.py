@@ -21,8 +21,8 @@ from embedders.webdataset import OpenShard, printable
 if TYPE_CHECKING:
     import torch
 
-IN_FLIGHT = 2
-"""Batches whose vectors may still be on their way to the host while the next is computed."""
+IN_FLIGHT = 3
+"""Batches given to the GPU whose vectors have not been looked at yet: while it computes one, the next one waits."""
 
 
 class _Copying(NamedTuple):

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.batch_size import Measured, best_batch, images_per_second
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
-from embedders.loader import Encoded, Loader
+from embedders.loader import Encoded, LoadedBatch, Loader
+from embedders.prepared import COMPILE_SECONDS, prepare
 from embedders.preprocess import NotConvertible, Preprocessing, timm_transform
 from embedders.webdataset import OpenShard, open_shard
 from embedders.weights import RANDOM, Weights, resolve_weights
 
 if TYPE_CHECKING:
     import torch
+
+    from embedders.prepared import Forward
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +34,10 @@ LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217
 
 AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
 
-EXACT_IMAGES_A_CORE = 400
-"""Photographs of 500x375 that a core decodes a second (6,700 on the 16 cores of an H100's host)."""
+TRIAL = 6
+"""Batches by which exact decoding is timed against the model, the first one not counted."""
 
-COMPILE_AFTER = 120.0
-"""Seconds of work after which a model is compiled: compiling takes 15 to 20, so shorter runs would not earn it back."""
-
-
-PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "weights"})
+PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "_expected", "_decided", "weights"})
 """Attributes that belong to one process and do not travel."""
 
 
@@ -48,6 +49,16 @@ class LoaderKind(enum.StrEnum):
     REFERENCE = "reference"
 
 
+class Precision(enum.StrEnum):
+    """What a model computes in."""
+
+    AUTO = "auto"
+    """float16 on a GPU if `autocast`, else float32."""
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 class TimmImageEmbedder(ImageEmbedder):
     """Embeds images with a timm model: pooled features, or the projection where the model has one (CLIP and kin).
 
@@ -57,7 +68,9 @@ class TimmImageEmbedder(ImageEmbedder):
     :param num_threads_per_worker: threads that decode; by default the processor cores of the worker's share.
     :param image_embedding_column: the name of the new column.
     :param normalize_embeddings: scale each vector to length 1.
-    :param autocast: float16 weights and arithmetic on a GPU; False for float32. A CPU always computes in float32.
+    :param autocast: float16 weights and arithmetic on a GPU; False for float32. A CPU computes in float32.
+    :param precision: "float32", "float16" or "bfloat16" on any device, instead of what `autocast` says. bfloat16 costs
+        accuracy: a mean cosine of 0.9987 to float32 where float16 has 0.99998.
     :param use_index_files: keep the shards' indexes in the output's index folder.
     :param checkpoint: a .safetensors or .pth file with the weights (loaded without pickle).
     :param loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
@@ -65,9 +78,12 @@ class TimmImageEmbedder(ImageEmbedder):
     :param max_pixels: images with more, by their header, go to quarantine undecoded.
     :param image_component: the extension of the image to embed where samples have several, such as "left.jpg".
     :param decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" is exact where the
-        model is the slower of the two anyway.
-    :param compile_model: torch.compile on a GPU, at once or never; by default after two minutes of work.
+        model is the slower of the two anyway, as the first batches show.
+    :param compile_model: torch.compile, or never; by default where the run is long enough to pay for it.
     """
+
+    _expected: int = 0
+    """Images that this worker will probably see; 0 where nobody said."""
 
     execution_parameters = ImageEmbedder.execution_parameters | {
         "batch_size",
@@ -93,6 +109,7 @@ class TimmImageEmbedder(ImageEmbedder):
         exif: Literal["ignore", "apply"] = "ignore",
         max_pixels: int = MAX_PIXELS,
         image_component: str | None = None,
+        precision: str = "auto",
         compile_model: bool | None = None,
     ) -> None:
         super().__init__(model_name, image_embedding_column, classifiers)
@@ -112,6 +129,7 @@ class TimmImageEmbedder(ImageEmbedder):
         self.exif = exif
         self.max_pixels = max_pixels
         self.image_component = image_component
+        self.precision = Precision(precision)
         self.compile_model = compile_model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,7 +183,7 @@ class TimmImageEmbedder(ImageEmbedder):
             "model": self.model_name,
             "weights": self.weights.identity,
             "preprocessing": _plain(self.data_config),
-            "precision": "float16 on a GPU" if self.autocast else "float32",
+            "precision": self._policy,
             "normalized": self.normalize_embeddings,
         } | self._choice_of_images()
 
@@ -175,40 +193,75 @@ class TimmImageEmbedder(ImageEmbedder):
         usual = {"exif": "ignore", "max_pixels": MAX_PIXELS, "image_component": None}
         return {name: value for name, value in chosen.items() if value != usual[name]}
 
+    @property
+    def _policy(self) -> str:
+        """The precision as the fingerprint says it: `autocast` is a policy, whatever device a worker has."""
+        if self.precision is not Precision.AUTO:
+            return str(self.precision)
+        return "float16 on a GPU" if self.autocast else "float32"
+
+    def expect(self, images: int) -> None:
+        """Compiling pays where this worker has enough of them to do."""
+        self._expected = images
+
     def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The timm model in evaluation mode.
+        """The timm model in evaluation mode, made quick for batches of `input_batch(device)`.
 
         :return: a callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for.
         """
         import torch
 
-        model = self.create_model().eval().requires_grad_(False).to(device=device, dtype=self._dtype(device))
+        dtype = self._dtype(device)
+        model = self.create_model().eval().requires_grad_(False).to(device=device, dtype=dtype)
         convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
-        if convolutional:
-            model = model.to(memory_format=torch.channels_last)
         layout = torch.channels_last if convolutional else torch.contiguous_format
-        forward: Callable[[torch.Tensor], torch.Tensor] = model
-        if device.startswith("cuda"):
-            self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), device)
-        if device.startswith("cuda") and self.compile_model is not False:
-            forward = CompiledLater(model, self.input_batch(device), 0 if self.compile_model else COMPILE_AFTER)
+        model = model.to(memory_format=layout)
+        forward = self._prepared(model, device, layout)
 
         def embed(images: torch.Tensor) -> torch.Tensor:
-            vectors = forward(images.to(device=device, dtype=self._dtype(device), memory_format=layout)).float()
+            vectors = forward(images.to(device=device, dtype=dtype, memory_format=layout)).float()
             return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors
 
         return embed
 
-    def _measure(self, model: Callable[[torch.Tensor], torch.Tensor], device: str) -> Measured:
-        """The batch size to use on this GPU and what the model alone does with it."""
+    def _prepared(self, model: torch.nn.Module, device: str, layout: torch.memory_format) -> Forward:
+        """The model as fast as it gets here, with what it does in a second noted in `_measured`."""
         import torch
 
         image = torch.zeros(self.data_config["input_size"], device=device, dtype=self._dtype(device))
+        if device.startswith("cuda"):
+            self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), image)
+        elif self.compile_model is None and self._expected:
+            size = self.input_batch(device)
+            self._measured = Measured(size, images_per_second(model, _batch_of(image, size, layout), 1, 1))
+        example = _batch_of(image, self.input_batch(device), layout)
+        try:
+            forward = prepare(model, example, compiled=self._compiles(device))
+            if device.startswith("cuda"):
+                self._measured = Measured(len(example), images_per_second(forward, example))
+        except torch.OutOfMemoryError:  # a batch size that was asked for; the engine halves such batches
+            torch.cuda.empty_cache()
+            return model
+        return forward
+
+    def _compiles(self, device: str) -> bool:
+        if self.compile_model is not None:
+            return self.compile_model
+        measured: Measured | None = getattr(self, "_measured", None)
+        if measured is None or not measured.rate:
+            return False
+        return self._expected / measured.rate > COMPILE_SECONDS[device.partition(":")[0]]
+
+    def _measure(self, model: Forward, image: torch.Tensor) -> Measured:
+        """The batch size to use on this GPU and what the model alone does with it."""
+        import torch
+
         if self.batch_size == "auto":
             return best_batch(model, image)
         try:
             rate = images_per_second(model, image.expand(self.batch_size, *image.shape).contiguous())
-        except torch.OutOfMemoryError:  # the engine halves such batches
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             rate = 0.0
         return Measured(self.batch_size, rate)
 
@@ -256,9 +309,18 @@ class TimmImageEmbedder(ImageEmbedder):
         return model
 
     def _dtype(self, device: str) -> torch.dtype:
+        """What the model computes in."""
         import torch
 
+        if self.precision is not Precision.AUTO:
+            return getattr(torch, self.precision)
         return torch.float16 if self.autocast and device.startswith("cuda") else torch.float32
+
+    def _input_dtype(self, device: str) -> torch.dtype:
+        """What the loader gives: half of the bytes where the model halves them anyway; DALI has no bfloat16."""
+        import torch
+
+        return torch.float16 if self._dtype(device) != torch.float32 and device.startswith("cuda") else torch.float32
 
     def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """Yield `(images, metadata)` of one local tar, the id under "key", on the GPU where there is one."""
@@ -274,8 +336,32 @@ class TimmImageEmbedder(ImageEmbedder):
         if type(self).load_dataset_shard is not TimmImageEmbedder.load_dataset_shard:
             yield from super().batches(shards, device)
             return
-        for batch in self._open_loader(device).batches(_encoded(shards)):
+        samples = _encoded(shards)
+        for batch in itertools.chain(self._trial(samples, device), self._rest(samples, device)):
             yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+
+    def _rest(self, samples: Iterator[Encoded], device: str) -> Iterator[LoadedBatch]:
+        yield from self._open_loader(device).batches(samples)
+
+    def _trial(self, samples: Iterator[Encoded], device: str) -> Iterator[LoadedBatch]:
+        """The first batches, decoded exactly; where the model turns out to be faster, the loader is then a fast one."""
+        loader = self._open_loader(device)
+        if getattr(self, "_decided", True):
+            return
+        size = self.input_batch(device)
+        batches, times = [], []
+        for batch in loader.batches(itertools.islice(samples, TRIAL * size)):
+            batches.append(replace(batch, images=batch.images.clone()))  # its memory is valid until the next one only
+            times.append(time.perf_counter())
+        yield from batches
+        if len(batches) < TRIAL:
+            return  # too few to tell; they are done anyway
+        exact, model = (TRIAL - 1) * size / (times[-1] - times[0]), self._measured.rate
+        self._decided = True
+        logger.info("exact decoding gives %.0f images/s, the model takes %.0f", exact, model)
+        if exact < model:
+            loader.close()
+            self._loader = self._build_loader(device, fast=True)
 
     @property
     def notice(self) -> str:
@@ -301,20 +387,21 @@ class TimmImageEmbedder(ImageEmbedder):
 
     def _open_loader(self, device: str) -> Loader:
         if not hasattr(self, "_loader"):
-            self._loader = self._build_loader(device)
+            on_gpu = device.startswith("cuda")
+            self._loader = self._build_loader(device, fast=on_gpu and self.decode == "fast")
+            self._decided = not (on_gpu and self.decode == "auto" and self._decoder == "exact" and self._measured.rate)
         return self._loader
 
-    def _build_loader(self, device: str) -> Loader:
+    def _build_loader(self, device: str, fast: bool) -> Loader:
         from embedders.dali import DaliLoader, Decode
         from embedders.reference import ReferenceLoader
 
-        kind = device.partition(":")[0]
         common: dict[str, Any] = {
             "transform": timm_transform(self.data_config),
             "batch_size": self.input_batch(device),
             "num_threads": self._threads,
             "device": device,
-            "dtype": self._dtype(device),
+            "dtype": self._input_dtype(device),
             "apply_exif": self.exif == "apply",
             "max_pixels": self.max_pixels,
         }
@@ -332,64 +419,13 @@ class TimmImageEmbedder(ImageEmbedder):
         if self.loader is LoaderKind.REFERENCE:
             self._decoder = "reference"
             return ReferenceLoader(preprocessing=preprocessing, mode=preprocessing.mode, **common)
-        fast = self.decode == "fast" or (self.decode == "auto" and self._outruns_the_cores)
-        decode = Decode.FAST if kind == "cuda" and fast else Decode.EXACT
+        decode = Decode.FAST if fast else Decode.EXACT
         self._decoder = str(decode)
         return DaliLoader(preprocessing=preprocessing, decode=decode, **common)
 
     @property
     def _threads(self) -> int:
         return self.num_threads_per_worker or _available_cores()
-
-    @property
-    def _outruns_the_cores(self) -> bool:
-        """Whether the model on its GPU is faster than decoding on this worker's cores."""
-        measured: Measured | None = getattr(self, "_measured", None)
-        return measured is not None and measured.rate > EXACT_IMAGES_A_CORE * self._threads
-
-
-class CompiledLater:
-    """A model that is compiled once it has been in use for a while, for full batches; the others are filled up."""
-
-    def __init__(self, model: torch.nn.Module, batch_size: int, after: float) -> None:
-        """`after` is in seconds from the first call."""
-        self._model = model
-        self._run: Callable[[torch.Tensor], torch.Tensor] = model
-        self._batch_size = batch_size
-        self._after = after
-        self._started: float | None = None
-        self._tried = False
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's output, one row an image."""
-        import torch
-
-        now = time.monotonic()
-        self._started = now if self._started is None else self._started
-        if not self._tried and now - self._started >= self._after and len(images) == self._batch_size:
-            self._tried = True
-            return self._compile(images)
-        missing = self._batch_size - len(images)
-        if self._run is self._model or missing < 0 or missing > len(images):
-            return self._model(images)
-        if missing:  # compiled code is for one shape
-            images = torch.cat([images, images[:missing]])
-        return self._run(images)[: self._batch_size - missing]
-
-    def _compile(self, images: torch.Tensor) -> torch.Tensor:
-        """The first output of the compiled model; of the plain one where there is no compiler."""
-        import torch
-
-        try:
-            run = torch.compile(self._model, dynamic=False)
-            vectors = run(images)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no C compiler, no Triton, an operator it does not know …
-            logger.warning("the model stays as it is, torch.compile failed: %s", _first_lines(error))
-            return self._model(images)
-        self._run = run
-        return vectors
 
 
 def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
@@ -412,6 +448,11 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
 
 def _first_lines(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def _batch_of(image: torch.Tensor, size: int, layout: torch.memory_format) -> torch.Tensor:
+    """`size` times the image (channels, height, width)."""
+    return image.expand(size, *image.shape).contiguous(memory_format=layout)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
+from embedders.timm import Precision
 from tasks.plan import MergeOptions
 
 
@@ -46,6 +47,9 @@ class EmbedConfig(BaseModel):
     )
     normalize_embeddings: bool = Field(True, description="Scale each vector to length 1.")
     autocast: bool = Field(True, description="float16 weights and arithmetic on a GPU; without, float32.")
+    precision: Precision = Field(
+        Precision.AUTO, description="float32, float16 or bfloat16 on any device, instead of what --autocast says."
+    )
     use_index_files: bool = Field(True, description="Keep the shards' indexes in the output and use them again.")
     embedder: str | None = Field(None, description="A custom embedder as module:Class, instead of timm.")
     loader: Literal["auto", "dali", "reference"] = Field(
@@ -90,6 +94,7 @@ class EmbedConfig(BaseModel):
             image_embedding_column=self.image_embedding_column,
             normalize_embeddings=self.normalize_embeddings,
             autocast=self.autocast,
+            precision=self.precision,
             use_index_files=self.use_index_files,
             checkpoint=self.checkpoint,
             loader=self.loader,

@@ -121,7 +121,8 @@ def _embed_all(
     runner: Any, work: Work, config: EmbedConfig, workers: int, progress: Progress, failures: dict[str, ShardFailure]
 ) -> float:
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
-    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, config.on_error is OnError.RAISE)
+    bad_fails, images = config.on_error is OnError.RAISE, work.images // workers
+    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, bad_fails, images)
     futures = []
     for group in group_shards(work.plan.to_embed, workers):
         indexed = []

@@ -21,6 +21,8 @@ from tasks.shards import Shard, digest, find_shards
 
 CHECKED_TARS = 8
 CHECKED_METADATA = 64
+BYTES_AN_IMAGE = 60_000
+"""What a sample of a web crawl weighs in its tar."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Work:
     fingerprint: dict[str, Any]
     device: str
     plan: Plan
+    images: int
+    """About how many there are to embed."""
     started: float
 
     @property
@@ -58,8 +62,8 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     )
     if plan.to_embed:
         embedder.check()
-    _check_inputs(plan.to_embed, config, embedder.image_component)
-    return Work(embedder, fingerprint, device, plan, started)
+    images = _check_inputs(plan.to_embed, config, embedder.image_component)
+    return Work(embedder, fingerprint, device, plan, images, started)
 
 
 def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
@@ -82,8 +86,12 @@ def _check_tar(shard: Shard, id_col: str, image_component: str | None) -> tuple[
     return opened.ids
 
 
-def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> None:
-    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones."""
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> int:
+    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
+
+    :return: about how many images all shards hold, if they are like those looked at.
+    """
+    images, of_bytes = 0, 0
     for number, shard in enumerate(shards[:CHECKED_METADATA]):
         ids = None
         if number < CHECKED_TARS and shard.source.is_local:
@@ -91,7 +99,10 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
                 ids = _check_tar(shard, config.id_col, image_component)
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
+            images, of_bytes = images + len(ids), of_bytes + shard.tar_bytes
         check_metadata(shard, config.id_col, ids)
+    bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
+    return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
 
 _handed_over: ContextVar[tuple[Work, Progress] | None] = ContextVar("handed_over", default=None)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from prefect_dask import DaskTaskRunner
 
 LOOPBACK = "127.0.0.1"
+TASKS_A_WORKER = 2
+"""Task threads of a worker: while one task's shards are computed, the next one is under way (see tasks/worker.py)."""
 
 
 def count_gpus() -> int:
@@ -97,7 +99,7 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
     """torch, DALI and cuDF each allocate GPU memory for themselves, so no pool and no spilling is set up here."""
     return {
         "n_workers": workers,
-        "threads_per_worker": 1,
+        "threads_per_worker": TASKS_A_WORKER,
         "protocol": "tcp",
         "device_memory_limit": 0,
         "memory_limit": 0,
@@ -112,7 +114,7 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
     """No memory limit: a mapped tar counts as a worker's memory though the system can drop it at any time."""
     return {
         "n_workers": workers,
-        "threads_per_worker": 1,
+        "threads_per_worker": TASKS_A_WORKER,
         "processes": True,
         "memory_limit": 0,
         "host": LOOPBACK,

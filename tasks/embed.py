@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +17,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, Engine, QuarantinedSample
+from embedders.engine import EmbeddedShard, QuarantinedSample
 from embedders.errors import MalformedShard
 from embedders.webdataset import OpenShard
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import check_metadata, open_local
-from tasks.shards import EmbeddingRecord, Shard, digest, embedding_key, read_embedding_record, with_record
+from tasks.shards import EmbeddingRecord, Shard, embedding_key, read_embedding_record, with_record
+from tasks.worker import shared_engine
 
-T = TypeVar("T")
 ROWS_A_GROUP = 8192
 """Rows of a Parquet row group: at 768 float32 a group is 25 MB."""
 
@@ -36,27 +34,15 @@ class EmbedOptions:
     """What an embedding task needs beside shards and embedder.
 
     `fingerprint` is the digest of the embedder's fingerprint as the planner took it: a worker cannot take it again,
-    since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto".
+    since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
+    how many each worker will see in the whole run, 0 where that is not known.
     """
 
     id_col: str
     fingerprint: str
     device: str = "auto"
     raise_on_bad_image: bool = False
-
-
-_engines: dict[str, Engine] = {}
-_one_at_a_time = threading.Lock()
-
-
-def worker_engine(embedder: ImageEmbedder, fingerprint: str, device: str) -> Engine:
-    """This process's engine for an embedder: made once, kept until another one is asked for."""
-    public = {k: repr(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
-    name = digest([fingerprint, public, device])
-    if name not in _engines:
-        _engines.clear()  # a worker's memory has room for one model
-        _engines[name] = Engine(embedder, device)
-    return _engines[name]
+    images: int = 0
 
 
 def resolve_device(device: str) -> str:
@@ -73,23 +59,22 @@ def embed_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: Embed
 
     :raises ShardsFailed: some shards failed; all others are written.
     """
-    with _one_at_a_time:
-        run = _GroupRun(embedder, options)
-        run.go(shards)
+    run = _GroupRun(embedder, options)
+    run.go(shards)
     if run.failures:
         raise ShardsFailed(list(run.failures.values()))
     return run.records
 
 
 class _GroupRun:
-    """One pass over a group: shards are opened one ahead, embedded as one stream, and written by another thread."""
+    """One pass over a group: shards go through the worker's engine, and are written by another thread."""
 
     def __init__(self, embedder: ImageEmbedder, options: EmbedOptions) -> None:
         self.embedder = embedder
         self.options = options
         self.records: list[EmbeddingRecord] = []
         self.done: set[str] = set()
-        self.engine: Engine | None = None
+        self.decoding: ImageEmbedder = embedder
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
 
@@ -98,22 +83,24 @@ class _GroupRun:
         with ThreadPoolExecutor(1, "write") as writer:
             writes: list[Future[None]] = []
             try:
-                engine = worker_engine(self.embedder, self.options.fingerprint, resolve_device(self.options.device))
-                self.engine = engine
-                with contextlib.closing(read_ahead(self._opened(shards))) as opened:
+                device = resolve_device(self.options.device)
+                with (
+                    shared_engine(self.embedder, self.options.fingerprint, device, self.options.images) as engine,
+                    contextlib.closing(self._opened(shards)) as opened,
+                ):
+                    self.decoding = engine.embedder
                     for embedded in engine.embed(opened):
                         writes.append(writer.submit(self._write, embedded))
                         if len(writes) > 2:  # do not run ahead of the disk
                             writes.pop(0).result()
             except Exception as error:  # whatever it is, it fails these shards and no others
-                _engines.clear()
                 unfinished = error
             for write in writes:
                 write.result()
         if unfinished is not None:
             self._fail_the_rest(shards, unfinished)
 
-    def _opened(self, shards: Sequence[Shard]) -> Iterator[OpenShard]:
+    def _opened(self, shards: Sequence[Shard]) -> Generator[OpenShard]:
         for shard in shards:
             done = self._done_before(shard)
             if done is not None:
@@ -154,8 +141,7 @@ class _GroupRun:
                     raise MalformedShard(
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
-                assert self.engine is not None  # it gave what is written here
-                self._note(shard, write_embeddings(shard, embedded, self.engine.embedder, self.options.fingerprint))
+                self._note(shard, write_embeddings(shard, embedded, self.decoding, self.options.fingerprint))
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
@@ -169,16 +155,6 @@ class _GroupRun:
         for shard in shards:
             if shard.name not in self.failures and shard.name not in self.done:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
-
-
-def read_ahead(items: Iterable[T]) -> Generator[T]:
-    """The same items, each made by another thread while the one before it is used."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "open") as pool:
-        coming: Future[Any] = pool.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, iterator, end)
-            yield item
 
 
 def write_embeddings(

@@ -17,7 +17,7 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.embed import EmbedOptions, embed_group, read_ahead, vector_array, worker_engine, write_vectors
+from tasks.embed import EmbedOptions, embed_group, vector_array, write_vectors
 from tasks.failures import ShardsFailed
 from tasks.shards import EmbeddingRecord, Shard, digest, read_embedding_record
 from tasks.storage import Folder
@@ -189,23 +189,3 @@ def test_vectors_come_back_whatever_their_column_is_called(tmp_path: Path, colum
     assert pq.read_table(tmp_path / "0.parquet").column(column).to_pylist() == matrix.tolist()
     group = pq.read_metadata(tmp_path / "0.parquet").row_group(0)
     assert [group.column(i).compression for i in range(2)] == ["ZSTD", "UNCOMPRESSED"]
-
-
-def test_a_worker_keeps_one_engine() -> None:
-    first, same, other = Lengths(), Lengths(), Lengths(stop_at="9")
-    made = worker_engine(first, digest(first.fingerprint()), "cpu")
-    assert worker_engine(same, digest(same.fingerprint()), "cpu") is made
-    assert worker_engine(other, digest(other.fingerprint()), "cpu") is not made
-
-
-def test_reading_ahead_keeps_items_and_errors() -> None:
-    assert list(read_ahead(iter("abc"))) == ["a", "b", "c"]
-
-    def failing() -> Any:
-        yield 1
-        raise OSError("gone")
-
-    ahead = read_ahead(failing())
-    assert next(ahead) == 1
-    with pytest.raises(OSError, match="gone"):
-        next(ahead)
