@@ -259,11 +259,10 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
     from flows.embed import embed_dataset
 
     with tempfile.TemporaryDirectory(dir=setting.folder) as output, tempfile.TemporaryDirectory() as traces:
-        os.environ[trace.FOLDER] = traces
-        os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = json.dumps([trace.__name__])
+        embedder = traced(setting.embedder(), Path(traces))
         device = "gpu" if setting.device == "cuda" else "cpu"
         started = time.time()
-        manifest = embed_dataset(f"{setting.folder}/shards", output, setting.embedder(), device=device)
+        manifest = embed_dataset(f"{setting.folder}/shards", output, embedder, device=device)
         wall = time.time() - started
         if manifest.embedded != manifest.samples or manifest.shards_failed:
             raise RuntimeError(f"not everything was embedded: {manifest}")
@@ -286,6 +285,20 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         "until_merged": merged[-1] - written[-1],
         "after_merge": started + wall - merged[-1],
     }
+
+
+def traced(embedder: TimmImageEmbedder, folder: Path) -> TimmImageEmbedder:
+    """The same embedder, whose worker notes when each batch ran."""
+    from benchmarks import trace
+    from embedders import TimmImageEmbedder
+
+    class Traced(TimmImageEmbedder):
+        def load_embedding_model(self, device: str) -> Any:
+            trace.watch(folder)
+            return super().load_embedding_model(device)
+
+    embedder.__class__ = Traced
+    return embedder
 
 
 def plain_script(setting: Setting) -> float:

@@ -1,8 +1,7 @@
-"""When each batch ran on its device: loaded into the workers of a measured run by Dask's preload.
+"""When each batch ran on its device, by the device's own clock.
 
-    DASK_DISTRIBUTED__WORKER__PRELOAD='["benchmarks.trace"]' SHARD_EMBED_TRACE=FOLDER python -m flows.embed …
-
-Each worker leaves a file in FOLDER, a line a batch: start and end in seconds of the device's own clock, and its images.
+A worker leaves a file, a line a batch: its start and end in seconds after the first one's start, and its images. The
+last few batches may be missing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = "SHARD_EMBED_TRACE"
+LINES = 16
+"""Batches that are written at a time."""
 _marks: list[tuple[Any, Any, int]] = []
 
 
@@ -29,28 +29,22 @@ class Busy(NamedTuple):
     mean_gap: float
 
 
-def dask_setup(worker: Any) -> None:
-    """Dask calls this when a worker starts."""
-    if FOLDER in os.environ:
-        watch()
-
-
-def dask_teardown(worker: Any) -> None:
-    """Dask calls this when a worker ends."""
-    if FOLDER in os.environ:
-        save(Path(os.environ[FOLDER], f"{os.getpid()}.jsonl"))
-
-
-def watch() -> None:
-    """Note from now on when each batch of this process starts and ends."""
+def watch(folder: Path | None = None) -> None:
+    """Note from now on when each batch of this process starts and ends, in a file of `folder` if one is given."""
     from embedders.engine import Engine
 
     original = Engine._forward
+    first: list[Any] = []
 
     def forward(self: Engine, batch: Any) -> Any:
         start = _mark(self.device)
         result = original(self, batch)
         _marks.append((start, _mark(self.device), len(batch.rows)))
+        first[:] = first or [start]
+        if folder is not None and len(_marks) >= 2 * LINES:  # the first of them have long ended
+            with open(folder / f"{os.getpid()}.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in _seconds(_marks[:LINES], first[0]))
+            del _marks[:LINES]
         return result
 
     Engine._forward = forward  # type: ignore[method-assign]
@@ -68,21 +62,17 @@ def _mark(device: str) -> Any:
 
 
 def times() -> list[tuple[float, float, int]]:
-    """Start and end of each batch, in seconds from the first one's start, and its images; forgets them."""
+    """What was noted and not written; forgets it."""
     marks = list(_marks)
     _marks.clear()
-    if not marks:
-        return []
-    first, last = marks[0][0], marks[-1][1]
+    return _seconds(marks, marks[0][0]) if marks else []
+
+
+def _seconds(marks: Sequence[tuple[Any, Any, int]], first: Any) -> list[tuple[float, float, int]]:
     if isinstance(first, float):
         return [(start - first, end - first, images) for start, end, images in marks]
-    last.synchronize()
+    marks[-1][1].synchronize()
     return [(first.elapsed_time(s) / 1000, first.elapsed_time(e) / 1000, images) for s, e, images in marks]
-
-
-def save(path: Path) -> None:
-    """Write what was noted."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in times()))
 
 
 def load(folder: Path) -> list[list[tuple[float, float, int]]]:

@@ -117,6 +117,7 @@ class _GroupRun:
                     image_component=self.embedder.image_component,
                 )
                 check_metadata(shard, self.options.id_col, opened.ids)
+                opened.read_ahead()
             except Exception as error:
                 stack.close()
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
