@@ -180,9 +180,15 @@ def decode_alone(setting: Setting, decode: str) -> float:
 
 
 def _open(tars: Iterable[str]) -> list[Any]:
-    from embedders.webdataset import open_shard
+    """Shards as the flow's tasks hand them over: samples described, images' headers read, pages in memory."""
+    from embedders.webdataset import OpenShard, describe, map_tar, read_tar
 
-    return [open_shard(tar) for tar in tars]
+    opened = []
+    for tar in tars:
+        data = map_tar(tar)
+        opened.append(OpenShard(tar, data, describe(data, read_tar(data, tar), "key", headers=True), "key"))
+        opened[-1].read_ahead()
+    return opened
 
 
 def model_alone(setting: Setting, compile_model: bool) -> float:

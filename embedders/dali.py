@@ -208,11 +208,12 @@ class DaliLoader:
 
     def _route(self, chunk: list[Encoded]) -> _Scheduled:
         """Divide a batch between DALI and Pillow, and start Pillow's part."""
-        headers = [inspect(sample.data) for sample in chunk]
+        headers = [sample.header or inspect(sample.data) for sample in chunk]
         sizes = np.array([(header.height, header.width) for header in headers])
         fits = self._fits(sizes)
-        for i, header in enumerate(headers):
-            fits[i] &= header.dali and not (self._apply_exif and header.metadata and is_rotated(chunk[i].data))
+        fits &= [header.dali for header in headers]
+        if self._apply_exif:
+            fits &= [not (h.metadata and is_rotated(s.data)) for h, s in zip(headers, chunk, strict=True)]
         others = [sample for sample, ours in zip(chunk, fits, strict=True) if not ours]
         rows = [self._pool.submit(self._row, sample) for sample in others]
         return _Scheduled([sample for sample, ours in zip(chunk, fits, strict=True) if ours], sizes[fits], others, rows)

@@ -56,7 +56,7 @@ class EmbeddedShard:
 
     @property
     def samples(self) -> int:
-        return len(self.shard.index.samples)
+        return len(self.shard.ids)
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Engine:
 def _watched(shards: Iterable[OpenShard], opened: dict[int, _Pending]) -> Iterator[OpenShard]:
     """Note each shard as the loader takes it, with what can be said of it before any image is read."""
     for number, shard in enumerate(shards):
-        pending = _Pending(shard, time.monotonic(), done=np.zeros(len(shard.index.samples), bool))
+        pending = _Pending(shard, time.monotonic(), done=np.zeros(len(shard.ids), bool))
         pending.rejected.update({i: Rejected(Row(number, i), *why) for i, why in shard.unusable.items()})
         opened[number] = pending
         yield shard

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from embedders.images import ImageHeader
+
 
 class Reason(enum.StrEnum):
     """Why a sample has no embedding. The list is short and fixed: people filter by it."""
@@ -42,10 +44,14 @@ class Reason(enum.StrEnum):
 
 
 class Encoded(NamedTuple):
-    """One encoded image: `data` is a read-only 1-D uint8 view of its bytes, `tag` comes back with its row."""
+    """One encoded image: `data` is a read-only 1-D uint8 view of its bytes, `tag` comes back with its row.
+
+    `header` is there if somebody has read it before; a loader that needs it reads it otherwise.
+    """
 
     tag: Hashable
     data: np.ndarray
+    header: ImageHeader | None = None
 
 
 class Rejected(NamedTuple):

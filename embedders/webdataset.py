@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from embedders.errors import MalformedShard
+from embedders.images import ImageHeader, inspect
 from embedders.loader import Reason
 
 BLOCK = 512
@@ -250,29 +251,64 @@ def _quote(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class OpenShard:
-    """A shard on the local disk, mapped into memory, with the id of each of its samples.
+class Samples:
+    """A shard's n samples as columns, in the order of the tar: what a loader and the account ask of them."""
 
-    `ids[i]` is `index.samples[i]`'s json `id_col`, else its key, as text: ids join by value whatever their type.
-    """
+    ids: tuple[str, ...]
+    """Each sample's json `id_col`, else its key, as text: ids join by value whatever their type."""
+    members: tuple[str, ...]
+    """The name of each sample's image in the tar, or of its first member where no image is chosen."""
+    places: np.ndarray
+    """(n, 2) int64: offset and size of the image in bytes, 0 and 0 where there is none."""
+    unusable: dict[int, tuple[Reason, str]]
+    """The samples that no loader need look at: no image, several, an empty one, or an id that was there before."""
+    headers: np.ndarray | None = None
+    """(n, 4) int32, if they were read: width and height in pixels, whether DALI decodes the image as Pillow does, and
+    whether it carries metadata; see `embedders.images.ImageHeader`."""
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard on the local disk, mapped into memory, with its samples."""
 
     path: str
     data: mmap.mmap
-    index: TarIndex
-    ids: tuple[str, ...]
+    samples: Samples
     id_col: str
     image_component: str | None = None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The id of each sample."""
+        return self.samples.ids
+
+    @property
+    def unusable(self) -> dict[int, tuple[Reason, str]]:
+        """The samples that no loader need look at, and why."""
+        return self.samples.unusable
+
+    @functools.cached_property
+    def index(self) -> TarIndex:
+        """Every sample with all its components."""
+        return read_tar(self.data, self.path)
 
     @functools.cached_property
     def images(self) -> tuple[Component | None, ...]:
         """The image of each sample: of several the one with the extension `image_component`, None if none is chosen."""
-        found = (sample.images(self.image_component) for sample in self.index.samples)
-        return tuple(images[0] if len(images) == 1 else None for images in found)
+        return tuple(_image(sample, self.image_component) for sample in self.index.samples)
 
     def member_of(self, i: int) -> str:
         """The name of a sample's image in the tar, or of its first member where no image is chosen."""
-        image = self.images[i]
-        return (image or self.index.samples[i].components[0]).name
+        return self.samples.members[i]
+
+    def encoded(self) -> Iterator[tuple[int, np.ndarray, ImageHeader | None]]:
+        """Every image worth looking at: its sample, its bytes as a 1-D uint8 view, its header if it was read."""
+        headers = self.samples.headers
+        known = [None] * len(self.ids) if headers is None else headers.tolist()
+        for i, ((offset, size), header) in enumerate(zip(self.samples.places.tolist(), known, strict=True)):
+            if i not in self.unusable:
+                data = np.frombuffer(self.data, np.uint8, size, offset)
+                yield i, data, None if header is None else ImageHeader("", header[0], header[1], *_flags(header))
 
     def read_ahead(self) -> None:
         """Have the file in memory and mapped, page by page, before a thread that holds the interpreter touches it.
@@ -293,25 +329,52 @@ class OpenShard:
         """The component's bytes as a 1-D uint8 view of the mapped file, not copied."""
         return np.frombuffer(self.data, np.uint8, component.size, component.offset)
 
-    @functools.cached_property
-    def unusable(self) -> dict[int, tuple[Reason, str]]:
-        """The samples that no loader need look at: no image, several, an empty one, or an id that was there before."""
-        seen: dict[str, str] = {}
-        found: dict[int, tuple[Reason, str]] = {}
-        for i, (sample, sample_id) in enumerate(zip(self.index.samples, self.ids, strict=True)):
-            image = self.images[i]
-            if sample_id in seen:
-                found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
-            elif image is None:
-                names = ", ".join(c.extension for c in sample.components)
-                if len(sample.images(self.image_component)) > 1:
-                    found[i] = Reason.AMBIGUOUS_IMAGE, f"several images among {names}; choose with --image-component"
-                else:
-                    found[i] = Reason.MISSING_IMAGE, f"only {names}"
-            elif image.size == 0:
-                found[i] = Reason.EMPTY, "0 bytes"
-            seen.setdefault(sample_id, sample.components[0].name)
-        return found
+
+def _flags(header: list[int]) -> tuple[bool, str, bool]:
+    return bool(header[2]), "", bool(header[3])
+
+
+def _image(sample: Sample, image_component: str | None) -> Component | None:
+    images = sample.images(image_component)
+    return images[0] if len(images) == 1 else None
+
+
+def describe(
+    data: mmap.mmap, index: TarIndex, id_col: str, image_component: str | None = None, *, headers: bool = False
+) -> Samples:
+    """The samples of a mapped tar as columns.
+
+    :param headers: whether to read the images' own headers too.
+    """
+    ids = tuple(sample_id(sample, data, id_col) for sample in index.samples)
+    images = [_image(sample, image_component) for sample in index.samples]
+    members = tuple((im or s.components[0]).name for im, s in zip(images, index.samples, strict=True))
+    places = np.array([(im.offset, im.size) if im else (0, 0) for im in images], np.int64).reshape(-1, 2)
+    read = None
+    if headers:
+        seen = [inspect(np.frombuffer(data, np.uint8, size, offset)) for offset, size in places.tolist()]
+        read = np.array([(h.width, h.height, h.dali, h.metadata) for h in seen], np.int32).reshape(-1, 4)
+    return Samples(ids, members, places, _unusable(index, ids, images, image_component), read)
+
+
+def _unusable(
+    index: TarIndex, ids: Sequence[str], images: Sequence[Component | None], image_component: str | None
+) -> dict[int, tuple[Reason, str]]:
+    seen: dict[str, str] = {}
+    found: dict[int, tuple[Reason, str]] = {}
+    for i, (sample, sample_id, image) in enumerate(zip(index.samples, ids, images, strict=True)):
+        if sample_id in seen:
+            found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
+        elif image is None:
+            names = ", ".join(c.extension for c in sample.components)
+            if len(sample.images(image_component)) > 1:
+                found[i] = Reason.AMBIGUOUS_IMAGE, f"several images among {names}; choose with --image-component"
+            else:
+                found[i] = Reason.MISSING_IMAGE, f"only {names}"
+        elif image.size == 0:
+            found[i] = Reason.EMPTY, "0 bytes"
+        seen.setdefault(sample_id, sample.components[0].name)
+    return found
 
 
 def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:
@@ -339,8 +402,9 @@ def open_shard(
     """
     data = map_tar(path)
     index = read_tar(data, os.fspath(path)) if index is None else index
-    ids = tuple(sample_id(sample, data, id_col) for sample in index.samples)
-    return OpenShard(os.fspath(path), data, index, ids, id_col, image_component)
+    shard = OpenShard(os.fspath(path), data, describe(data, index, id_col, image_component), id_col, image_component)
+    vars(shard)["index"] = index  # it need not be read again
+    return shard
 
 
 def sample_id(sample: Sample, data: mmap.mmap, id_col: str) -> str:

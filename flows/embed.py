@@ -128,7 +128,8 @@ def _embed_all(
         indexed = []
         parameters: dict[str, Any]
         if work.embedder.use_index_files and group[0].source.is_local:
-            parameters = {"shards": group, "id_col": config.id_col, "span": span(group)}
+            beside = work.device == "cuda"
+            parameters = {"shards": group, "id_col": config.id_col, "span": span(group), "beside": beside}
             indexed = [runner.submit(index_shards, parameters=parameters)]
         parameters = {"shards": group, "embedder": work.embedder, "options": options, "span": span(group)}
         futures.append(runner.submit(embed_shards, parameters=parameters, wait_for=indexed))

@@ -19,9 +19,10 @@ from prefect.cache_policies import NO_CACHE
 from embedders.base import ImageEmbedder
 from embedders.engine import EmbeddedShard, QuarantinedSample
 from embedders.errors import MalformedShard
-from embedders.webdataset import OpenShard
+from embedders.webdataset import OpenShard, map_tar
+from tasks.aside import aside
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
-from tasks.index import check_metadata, open_local
+from tasks.index import describe_local
 from tasks.shards import EmbeddingRecord, Shard, embedding_key, read_embedding_record, with_record
 from tasks.worker import shared_engine
 
@@ -109,14 +110,7 @@ class _GroupRun:
             stack = contextlib.ExitStack()
             try:
                 path = stack.enter_context(shard.source.local_copy(shard.tar))
-                opened = open_local(
-                    shard,
-                    path,
-                    self.options.id_col,
-                    keep=self.embedder.use_index_files,
-                    image_component=self.embedder.image_component,
-                )
-                check_metadata(shard, self.options.id_col, opened.ids)
+                opened = self._describe(shard, path)
                 opened.read_ahead()
             except Exception as error:
                 stack.close()
@@ -124,6 +118,14 @@ class _GroupRun:
                 continue
             self._open[path] = shard, stack
             yield opened
+
+    def _describe(self, shard: Shard, path: str) -> OpenShard:
+        """The shard, mapped; a GPU's thread must not wait for the Python that reads headers and ids."""
+        component, id_col = self.embedder.image_component, self.options.id_col
+        args = shard, path, id_col, self.embedder.use_index_files, component
+        on_gpu = resolve_device(self.options.device) == "cuda"
+        samples = aside(describe_local, *args) if on_gpu else describe_local(*args)
+        return OpenShard(path, map_tar(path), samples, id_col, component)
 
     def _done_before(self, shard: Shard) -> EmbeddingRecord | None:
         """The record of a shard that an earlier try of this task got done, by the planner's own measure."""

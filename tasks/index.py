@@ -12,14 +12,17 @@ from prefect.cache_policies import NO_CACHE
 from embedders.errors import InputError
 from embedders.webdataset import (
     OpenShard,
+    Samples,
     TarIndex,
     canonical_id,
+    describe,
     format_index,
     map_tar,
     open_shard,
     parse_index,
     read_tar,
 )
+from tasks.aside import aside
 from tasks.shards import Shard
 
 
@@ -42,6 +45,27 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
 def open_local(shard: Shard, path: str, id_col: str, *, keep: bool, image_component: str | None = None) -> OpenShard:
     """Map a shard's local tar with its index and ids."""
     return open_shard(path, id_col, index_tar(shard, path, keep=keep), image_component)
+
+
+def describe_local(shard: Shard, path: str, id_col: str, keep: bool, image_component: str | None) -> Samples:
+    """The samples of a shard's local tar with their images' headers; its metadata is seen to belong to it.
+
+    :raises MalformedShard: the tar is damaged.
+    :raises InputError: the metadata cannot be joined; see `check_metadata`.
+    """
+    samples = describe(map_tar(path), index_tar(shard, path, keep=keep), id_col, image_component, headers=True)
+    check_metadata(shard, id_col, samples.ids)
+    return samples
+
+
+def index_local(shard: Shard, id_col: str) -> tuple[int, tuple[str, ...]]:
+    """Index a shard that lies on a local disk, keep the index, and check the metadata.
+
+    :return: how many samples there are, and the members that are none.
+    """
+    opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
+    check_metadata(shard, id_col, opened.ids)
+    return len(opened.ids), opened.index.ignored
 
 
 def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) -> None:
@@ -82,8 +106,10 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) 
     task_run_name="index {span}",
     cache_policy=NO_CACHE,  # the index file is the cache
 )
-def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:
+def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool = False) -> int:
     """Index local shards and check their metadata; the number of samples found.
+
+    With `beside` the worker's side process does it, so that a GPU need not wait for this thread.
 
     A shard that cannot be indexed is only logged here: its embedding meets the same error and reports it, and the
     shards beside it must not wait for a task that failed.
@@ -91,10 +117,9 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str) -> int:
     samples, logger = 0, get_run_logger()
     for shard in shards:
         try:
-            opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
-            check_metadata(shard, id_col, opened.ids)
-            samples += len(opened.ids)
-            if ignored := opened.index.ignored:
+            found, ignored = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
+            samples += found
+            if ignored:
                 logger.info("%s: %d members are no samples, such as %s", shard.tar, len(ignored), ignored[0])
         except Exception as error:
             logger.warning("%s: %s", shard.name, error)
