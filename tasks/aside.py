@@ -1,4 +1,4 @@
-"""A second interpreter beside a worker's: Python work that would hold up the thread that feeds the GPU is done there.
+"""Interpreters beside a worker's: Python work that would hold up the thread that feeds the GPU is done there.
 
 One interpreter runs one thread of Python at a time. Reading a shard's headers and ids costs it about 25 microseconds a
 sample; a GPU that takes 20,000 images a second leaves it 50 for everything.
@@ -24,7 +24,7 @@ class SideProcess:
     """A child interpreter that calls functions. It ends with its parent, however that ends."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.busy = threading.Lock()
         self._ready = False
         self._child = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -42,15 +42,18 @@ class SideProcess:
 
         :raises OSError: the child has died.
         """
-        with self._lock:
-            if not self._is_ready():
-                return function(*args)
-            try:
-                pickle.dump((function, args), self._in)
-                self._in.flush()
-                failed, value = pickle.load(self._out)
-            except (EOFError, BrokenPipeError) as error:
-                raise OSError(f"the process that reads shards died (status {self._child.wait()})") from error
+        with self.busy:
+            return self._call(function, args)
+
+    def _call(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        if not self._is_ready():
+            return function(*args)
+        try:
+            pickle.dump((function, args), self._in)
+            self._in.flush()
+            failed, value = pickle.load(self._out)
+        except (EOFError, BrokenPipeError) as error:
+            raise OSError(f"the process that reads shards died (status {self._child.wait()})") from error
         if failed:
             raise value
         return value
@@ -83,18 +86,36 @@ class SideProcess:
 
 
 READY = b"ready\n"
-_side: SideProcess | None = None
-_one_at_a_time = threading.Lock()
+SIDES = 3
+"""Side processes a worker at most: a task that is indexed, and two whose shards are opened."""
+_sides: list[SideProcess] = []
+_choosing = threading.Lock()
 
 
 def aside(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in this process's side process, which is started at the first call."""
-    global _side
-    with _one_at_a_time:
-        if _side is None or not _side.alive:
-            _side = SideProcess()
-        side = _side
-    return side.call(function, *args)
+    """`function(*args)` in a side process of this process that has nothing to do, of a few that start as needed."""
+    side = _free_side()
+    try:
+        return side._call(function, args)
+    finally:
+        side.busy.release()
+
+
+def _free_side() -> SideProcess:
+    """A side process whose `busy` is held for the caller; waits for one where all are busy and no more may start."""
+    with _choosing:
+        _sides[:] = [side for side in _sides if side.alive]
+        for side in _sides:
+            if side.busy.acquire(blocking=False):
+                return side
+        if len(_sides) < SIDES:
+            _sides.append(SideProcess())
+            _sides[-1].busy.acquire()
+            return _sides[-1]
+        waited_for = _sides[0]
+        _sides.append(_sides.pop(0))  # the next one waits for another
+    waited_for.busy.acquire()
+    return waited_for
 
 
 def serve() -> None:

@@ -8,16 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from embedders.errors import MalformedShard
 from embedders.webdataset import describe, map_tar, read_tar
-from tasks.aside import SideProcess
+from tasks.aside import SIDES, SideProcess, aside
 from tasks.index import describe_local
 
 from .conftest import MakeShard
+
+
+def slow_pid() -> int:
+    """The id of the process that it runs in, after a while."""
+    time.sleep(0.05)
+    return os.getpid()
 
 
 def wait_until_ready(side: SideProcess) -> int:
@@ -74,6 +81,15 @@ def test_the_death_of_the_process_is_an_error_that_can_be_tried_again() -> None:
     with pytest.raises(OSError, match="died"):
         side.call(os.getpid)
     assert not side.alive
+
+
+def test_calls_at_the_same_time_are_made_in_a_few_processes() -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(600):
+            pids = set(pool.map(aside, [slow_pid] * 12))
+            if os.getpid() not in pids and len(pids) == SIDES:
+                return
+    raise AssertionError(f"{pids}, this is {os.getpid()}")
 
 
 def test_it_ends_when_its_parent_is_killed() -> None:

@@ -1,0 +1,84 @@
+"""How TimmImageEmbedder chooses its decoder, and what it computes in."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from embedders import TimmImageEmbedder
+from embedders.batch_size import Measured
+from embedders.timm import TRIAL
+from embedders.webdataset import OpenShard, open_shard
+
+IMAGES = 2 * (2 * TRIAL) + 3
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> OpenShard:
+    """Images of several sizes."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n in range(IMAGES):
+            out = io.BytesIO()
+            Image.effect_mandelbrot((64 + n, 96), (-2, -1, 1, 1), 50).convert("RGB").save(out, "JPEG")
+            info = tarfile.TarInfo(f"{n:02}.jpg")
+            info.size = len(out.getvalue())
+            tar.addfile(info, io.BytesIO(out.getvalue()))
+    return open_shard(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize(("model_rate", "then"), [(1e12, "fast"), (0.001, "exact")])
+def test_auto_decides_by_what_the_first_batches_show(
+    monkeypatch: pytest.MonkeyPatch, shard: OpenShard, model_rate: float, then: str
+) -> None:
+    """The choice that is made on a GPU, by the time the exact loader takes; here the fast one is another exact one."""
+    embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2, num_threads_per_worker=1)
+    built: list[str] = []
+
+    def build(device: str, fast: bool) -> Any:
+        loader = TimmImageEmbedder._build_loader(embedder, device, False)
+        embedder._decoder = "fast" if fast else "exact"
+        built.append(embedder._decoder)
+        return loader
+
+    monkeypatch.setattr(embedder, "_build_loader", build)
+    embedder._measured = Measured(2, model_rate)
+    embedder._open_loader("cpu")
+    embedder._decided = False
+    for _ in range(2):  # the second time the choice stands
+        rows = [row.sample for batch in embedder.batches([shard], "cpu") for row in batch.rows]
+        assert rows == list(range(IMAGES))
+        assert embedder.decoder == then
+    assert built == (["exact", "fast"] if then == "fast" else ["exact"])
+
+
+def test_too_few_images_decide_nothing(shard: OpenShard) -> None:
+    embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=IMAGES, num_threads_per_worker=1)
+    embedder._measured = Measured(IMAGES, 1e12)
+    embedder._open_loader("cpu")
+    embedder._decided = False
+    rows = [row.sample for batch in embedder.batches([shard], "cpu") for row in batch.rows]
+    assert rows == list(range(IMAGES))
+    assert (embedder.decoder, embedder._decided) == ("exact", False)
+
+
+def test_precision_is_what_is_asked_for_and_part_of_the_fingerprint(shard: OpenShard) -> None:
+    vectors, prints = {}, []
+    for precision in ("auto", "float32", "bfloat16"):
+        embedder = TimmImageEmbedder(
+            "test_vit", pretrained=False, batch_size=8, num_threads_per_worker=1, precision=precision
+        )
+        model = embedder.load_embedding_model("cpu")
+        with torch.inference_mode():
+            vectors[precision] = torch.cat([model(batch.images) for batch in embedder.batches([shard], "cpu")])
+        prints.append(embedder.fingerprint()["precision"])
+    assert prints == ["float16 on a GPU", "float32", "bfloat16"]
+    assert torch.equal(vectors["auto"], vectors["float32"])
+    agreement = (vectors["float32"] * vectors["bfloat16"]).sum(dim=-1)
+    assert vectors["bfloat16"].dtype == torch.float32
+    assert 0.98 < agreement.min() < 0.99999
