@@ -40,6 +40,8 @@ DISTINCT = 400
 CROP = (500, 375)
 NEMO_BATCH, NEMO_THREADS = 1024, 4
 """NeMo Curator 0.9's defaults for its TimmImageEmbedder."""
+DAMAGED = 100
+"""One image in so many is broken where damage is measured."""
 WARM_UP = 8
 """Batches before the clock starts, for the stages that measure one part."""
 
@@ -177,6 +179,53 @@ def decode_alone(setting: Setting, decode: str) -> float:
     embedder = setting.embedder(decode=decode, loader="dali")
     batches = embedder.batches(itertools.cycle(_open(setting.tars())), setting.device)
     return clocked((len(batch.rows) for batch in batches), setting.seconds, sync)
+
+
+def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
+    """The same with one image in DAMAGED broken, and what share of the images then goes to quarantine."""
+    from embedders.loader import Encoded
+
+    embedder = setting.embedder(decode=decode, loader="dali")
+    images = [data for shard in _open(setting.tars()[:4]) for _, data, _ in shard.encoded()]
+    rng = np.random.default_rng(0)
+    broken = itertools.cycle([_cut, _flipped, _blanked, _replaced])
+    data = [next(broken)(image, rng) if i % DAMAGED == DAMAGED // 2 else image for i, image in enumerate(images)]
+    samples = (Encoded(i, image) for i, image in enumerate(itertools.cycle(data)))
+    counts = {"good": 0, "rejected": 0}
+
+    def seen() -> Iterator[int]:
+        for batch in embedder._open_loader(setting.device).batches(samples):
+            counts["good"] += len(batch.tags)
+            counts["rejected"] += len(batch.rejected)
+            yield len(batch.tags) + len(batch.rejected)
+
+    rate = clocked(seen(), setting.seconds, synchronizer(setting.device))
+    return {"images_per_second": rate, "rejected_share": counts["rejected"] / sum(counts.values())}
+
+
+def _cut(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A download that ended early."""
+    return image[: int(len(image) * rng.uniform(0.1, 0.95))]
+
+
+def _flipped(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ten bytes that are others, behind the header."""
+    image = image.copy()
+    image[rng.integers(700, len(image) - 2, 10)] ^= 0x55
+    return image
+
+
+def _blanked(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A block of a disk that came back as zeros."""
+    image = image.copy()
+    start = int(rng.integers(700, len(image) - 4200))
+    image[start : start + 4096] = 0
+    return image
+
+
+def _replaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A web page in place of the image."""
+    return np.frombuffer(b"<html><body>not found</body></html>", np.uint8)
 
 
 def _open(tars: Iterable[str]) -> list[Any]:
@@ -436,6 +485,7 @@ def stages(setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[Any, .
     found: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {"decode_exact": (decode_alone, ("exact",))}
     if setting.device == "cuda":
         found["decode_fast"] = decode_alone, ("fast",)
+    found["decode_damaged"] = decode_damaged, ("fast" if setting.device == "cuda" else "exact",)
     found["model"] = model_alone, (False,)
     if setting.device == "cuda":
         found["model_compiled"] = model_alone, (True,)
@@ -469,7 +519,8 @@ def measure(setting: Setting, only: Sequence[str]) -> dict[str, Any]:
 LABELS = {
     "decode_exact": "decode and preprocess alone, exact (CPU)",
     "decode_fast": "decode and preprocess alone, fast (nvJPEG)",
-    "model": "model alone, eager",
+    "decode_damaged": "the last one with 1 % of the images damaged",
+    "model": "model alone, not compiled",
     "model_compiled": "model alone, torch.compile",
     "one_process": "engine in one process, no Prefect, no Dask, no writing",
     "flow": "the whole flow, steady part",
