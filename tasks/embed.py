@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from tasks.aside import aside
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import describe_local
 from tasks.shards import EmbeddingRecord, Shard, embedding_key, read_embedding_record, with_record
+from tasks.staging import SPACE, Stage
 from tasks.worker import shared_engine
 
 ROWS_A_GROUP = 8192
@@ -36,7 +37,8 @@ class EmbedOptions:
 
     `fingerprint` is the digest of the embedder's fingerprint as the planner took it: a worker cannot take it again,
     since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
-    how many each worker will see in the whole run, 0 where that is not known.
+    how many each worker will see in the whole run, 0 where that is not known. `staging_space` bytes on the worker's
+    disk hold tars of a store.
     """
 
     id_col: str
@@ -44,6 +46,7 @@ class EmbedOptions:
     device: str = "auto"
     raise_on_bad_image: bool = False
     images: int = 0
+    staging_space: int = SPACE
 
 
 def resolve_device(device: str) -> str:
@@ -81,13 +84,14 @@ class _GroupRun:
 
     def go(self, shards: Sequence[Shard]) -> None:
         unfinished: Exception | None = None
-        with ThreadPoolExecutor(1, "write") as writer:
+        stage = Stage(self._missing(shards), self.options.staging_space)
+        with stage, ThreadPoolExecutor(1, "write") as writer:
             writes: list[Future[None]] = []
             try:
                 device = resolve_device(self.options.device)
                 with (
                     shared_engine(self.embedder, self.options.fingerprint, device, self.options.images) as engine,
-                    contextlib.closing(self._opened(shards)) as opened,
+                    contextlib.closing(self._opened(stage)) as opened,
                 ):
                     self.decoding = engine.embedder
                     for embedded in engine.embed(opened):
@@ -101,15 +105,20 @@ class _GroupRun:
         if unfinished is not None:
             self._fail_the_rest(shards, unfinished)
 
-    def _opened(self, shards: Sequence[Shard]) -> Generator[OpenShard]:
+    def _missing(self, shards: Sequence[Shard]) -> Iterator[Shard]:
         for shard in shards:
             done = self._done_before(shard)
-            if done is not None:
+            if done is None:
+                yield shard
+            else:
                 self._note(shard, done)
-                continue
-            stack = contextlib.ExitStack()
+
+    def _opened(self, stage: Stage) -> Generator[OpenShard]:
+        for tar in stage:
+            shard, stack = tar.shard, contextlib.ExitStack()
+            stack.callback(tar.release)
             try:
-                path = stack.enter_context(shard.source.local_copy(shard.tar))
+                path = tar.path()
                 opened = self._describe(shard, path)
                 opened.read_ahead()
             except Exception as error:

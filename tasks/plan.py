@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from embedders.errors import InputError
 from tasks.shards import (
     EmbeddingRecord,
+    Footer,
     MergeRecord,
     Shard,
     embedding_key,
+    embedding_record,
     merge_key,
-    read_embedding_record,
-    read_merge_record,
+    merge_record,
+    read_footers,
 )
-from tasks.storage import Folder, in_bulk
+from tasks.storage import Folder
 
+T = TypeVar("T")
 MAX_TASKS = 400
 SHARDS_A_TASK = 32
 
@@ -77,7 +80,7 @@ def make_plan(
     target = shards[0].target
     quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(".parquet")}
     embedded: dict[str, EmbeddingRecord] = {}
-    for shard, record in zip(shards, _records(shards, "embeddings", read_embedding_record), strict=True):
+    for shard, record in zip(shards, _records(shards, "embeddings", embedding_record), strict=True):
         if record is None:
             continue
         if record.embedder != embedder and not overwrite:
@@ -89,23 +92,20 @@ def make_plan(
         if record.key == embedding_key(shard, embedder, options.id_col) and listed and accepts(record.decoder):
             embedded[shard.name] = record
     merged: dict[str, MergeRecord] = {}
-    for shard, done in zip(shards, _records(shards, "metadata", read_merge_record), strict=True):
+    for shard, done in zip(shards, _records(shards, "metadata", merge_record), strict=True):
         record = embedded.get(shard.name)
         if done and record and done.key == merge_key(shard, record.version, options.as_dict()):
             merged[shard.name] = done
     return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
 
 
-def _records(shards: Sequence[Shard], kind: str, read: Any) -> list[Any]:
+def _records(shards: Sequence[Shard], kind: str, record: Callable[[Footer | None], T]) -> list[T]:
     """The record of each shard's file of a kind, or None; one listing, then footers in bulk."""
-    target = shards[0].target
-    there = {file.name for file in Folder(f"{target.url.rstrip('/')}/{kind}").list(".parquet")}
-    folder = Folder(target.url)
-
-    def record(shard: Shard) -> Any:
-        return read(folder, f"{kind}/{shard.name}.parquet") if f"{shard.name}.parquet" in there else None
-
-    return in_bulk(record, shards)
+    folder = Folder(f"{shards[0].target.url.rstrip('/')}/{kind}")
+    there = {file.name: file for file in folder.list(".parquet")}
+    names = [f"{shard.name}.parquet" for shard in shards]
+    footers = read_footers(folder, [there[name] for name in names if name in there])
+    return [record(footers.get(name)) for name in names]
 
 
 def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from tasks.storage import Folder
+from tasks.storage import FileInfo, Folder
 
 FORMAT = 1
 """Version of what embeddings files hold; part of every key, so a change makes them again."""
@@ -21,6 +22,12 @@ UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d 
 
 RECORD = b"shard_embed"
 """The key under which a Parquet footer carries its record."""
+
+FOOTER_BYTES = 16 << 10
+"""Read from a file's end for its footer: a larger one, of many columns, costs a second request."""
+
+MAGIC = b"PAR1"
+Footer: TypeAlias = pq.FileMetaData
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,12 @@ def find_shards(dataset: str, output: str) -> list[Shard]:
     :raises InputError: no such folder, no tar in it, or compressed ones, which have no offsets to read at.
     """
     folder = Folder(dataset)
-    if not folder.exists():
-        raise InputError(f"{dataset}: no such folder; give the folder that holds the .tar shards")
-    files = folder.list(".tar", ".parquet", *UNPACK)
+    try:
+        files = folder.list(".tar", ".parquet", *UNPACK)
+        if not files and not folder.exists():
+            raise InputError(f"{dataset}: no such folder; give the folder that holds the .tar shards")
+    except OSError as error:
+        folder.refuse(error)
     metadata = {f.name.removesuffix(".parquet"): f.fingerprint for f in files if f.name.endswith(".parquet")}
     shards = []
     for file in files:
@@ -156,7 +166,17 @@ def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord) -> pa.
 
 def read_embedding_record(folder: Folder, name: str) -> EmbeddingRecord | None:
     """The record of an embeddings file; None unless the footer opens and its counts agree with the file."""
-    found = _read_record(folder, name)
+    return embedding_record(_read_footer(folder, name))
+
+
+def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
+    """The record of a merged file; None unless the footer opens and its counts agree with the file."""
+    return merge_record(_read_footer(folder, name))
+
+
+def embedding_record(footer: Footer | None) -> EmbeddingRecord | None:
+    """The record in the footer of an embeddings file; None unless its counts agree with the file."""
+    found = _record(footer)
     try:
         record = EmbeddingRecord(**found[0]) if found else None
         return record if found and record and record.balanced and record.embedded == found[1] else None
@@ -164,9 +184,9 @@ def read_embedding_record(folder: Folder, name: str) -> EmbeddingRecord | None:
         return None
 
 
-def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
-    """The record of a merged file; None unless the footer opens and its counts agree with the file."""
-    found = _read_record(folder, name)
+def merge_record(footer: Footer | None) -> MergeRecord | None:
+    """The record in the footer of a merged file; None unless its counts agree with the file."""
+    found = _record(footer)
     try:
         record = MergeRecord(**found[0]) if found else None
     except TypeError:
@@ -174,16 +194,38 @@ def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
     return record if found and record and record.rows == found[1] else None
 
 
-def _read_record(folder: Folder, name: str) -> tuple[dict[str, Any], int] | None:
-    """A footer's record and the file's row count."""
+def read_footers(folder: Folder, files: Sequence[FileInfo]) -> dict[str, Footer]:
+    """The Parquet footers of many files by name, one request each; files without a whole one are left out."""
+    tails = folder.read_tails(files, FOOTER_BYTES)
+    found = {file.name: _footer(folder, file.name, tail) for file, tail in tails}
+    return {name: footer for name, footer in found.items() if footer is not None}
+
+
+def _read_footer(folder: Folder, name: str) -> Footer | None:
     try:
-        with folder.open(name) as file:
-            footer = pq.read_metadata(file)
+        return _footer(folder, name, folder.read_tail(name, FOOTER_BYTES))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+def _footer(folder: Folder, name: str, tail: bytes) -> Footer | None:
+    """A Parquet footer, given the end of its file; read anew where that is not all of it."""
+    if tail[-4:] != MAGIC or len(tail) < 12:
+        return None
+    size = int.from_bytes(tail[-8:-4], "little") + 8
+    if size > len(tail):
+        tail = folder.read_tail(name, size)
+    try:
+        return pq.read_metadata(pa.BufferReader(MAGIC + tail[-size:]))  # a footer is read without what it describes
     except (OSError, pa.ArrowException):
         return None
-    text = (footer.metadata or {}).get(RECORD)
+
+
+def _record(footer: Footer | None) -> tuple[dict[str, Any], int] | None:
+    """A footer's record and the file's row count."""
+    text = footer.metadata.get(RECORD) if footer is not None and footer.metadata else None
     try:
         value = json.loads(text) if text else None
     except ValueError:
         return None
-    return (value, footer.num_rows) if isinstance(value, dict) else None
+    return (value, footer.num_rows) if footer is not None and isinstance(value, dict) else None

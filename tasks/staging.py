@@ -1,0 +1,194 @@
+"""Tars on the local disk, in the order of their shards: those of a store are downloaded ahead of who needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from embedders.errors import MalformedShard
+from tasks.scratch import scratch
+from tasks.shards import Shard
+
+SPACE = 8 << 30
+"""Bytes on a worker's disk that tars of a store take by default."""
+
+DOWNLOADS = 4
+"""Tars downloaded at once."""
+
+STREAMS = 16
+"""Requests at once: a store gives each some 50 to 100 MB/s, a GPU wants over 1 GB/s."""
+
+PART = 8 << 20
+"""Bytes of a request. `STREAMS` of them are in memory at once."""
+
+
+@dataclass(frozen=True)
+class StagedTar:
+    """A tar on its way to the local disk. Whoever took it from the stage releases it."""
+
+    shard: Shard
+    coming: Future[str]
+    stage: Stage
+
+    def path(self) -> str:
+        """Its path, once it is there, whole and verified.
+
+        :raises OSError: the store did not give it, or the disk is full.
+        :raises MalformedShard: it is no longer the tar that the run was planned for.
+        """
+        return self.coming.result()
+
+    def release(self) -> None:
+        """Remove a downloaded tar, which makes room for the next."""
+        self.stage.release(self)
+
+
+class Stage:
+    """The tars of a sequence of shards, as an iterator that downloads ahead within a bound.
+
+    What is downloaded ahead and what is not yet released takes at most `space` bytes, with one exception: a tar that
+    is asked for is fetched in any case, since who asks may need it to be done with the ones before.
+    """
+
+    def __init__(self, shards: Iterable[Shard], space: int = SPACE) -> None:
+        self._shards = iter(shards)
+        self._space = space
+        self._held = 0
+        self._next: Shard | None = None
+        self._staged: deque[StagedTar] = deque()
+        self._lock = threading.RLock()
+        self._stopped = threading.Event()
+        self._ends = contextlib.ExitStack()
+        self._folder: str | None = None
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        self._downloads = self._ends.enter_context(ThreadPoolExecutor(DOWNLOADS, "download"))
+        self._streams = self._ends.enter_context(ThreadPoolExecutor(STREAMS, "stream"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop what is on its way and remove what is there."""
+        self._stopped.set()
+        for executor in (self._downloads, self._streams):
+            executor.shutdown(cancel_futures=True)
+        self._ends.close()
+
+    def __iter__(self) -> Iterator[StagedTar]:
+        return self
+
+    def __next__(self) -> StagedTar:
+        with self._lock:
+            self._fill()
+            if not self._staged:
+                shard = self._peek()
+                if shard is None:
+                    raise StopIteration
+                self._start(shard)
+            tar = self._staged.popleft()
+            self._fill()
+            return tar
+
+    def release(self, tar: StagedTar) -> None:
+        """Remove a tar that was downloaded, and go on with what waits for its room."""
+        if tar.shard.source.is_local:
+            return
+        with contextlib.suppress(Exception):  # one that failed removed itself
+            os.unlink(tar.coming.result())
+        with self._lock:
+            self._held -= tar.shard.tar_bytes
+            self._fill()
+
+    def _peek(self) -> Shard | None:
+        if self._next is None:
+            self._next = next(self._shards, None)
+        return self._next
+
+    def _fill(self) -> None:
+        """Start the downloads there is room for."""
+        while not self._stopped.is_set() and len(self._staged) < 2 * DOWNLOADS:
+            shard = self._peek()
+            if shard is None or self._held + shard.tar_bytes > self._space:
+                return
+            self._start(shard)
+
+    def _start(self, shard: Shard) -> None:
+        self._next = None
+        coming: Future[str]
+        if shard.source.is_local:
+            coming = Future()
+            coming.set_result(shard.source.path(shard.tar))
+        else:
+            self._held += shard.tar_bytes
+            self._folder = self._folder or self._ends.enter_context(scratch())
+            self._count += 1
+            coming = self._downloads.submit(self._download, shard, os.path.join(self._folder, str(self._count)))
+        self._staged.append(StagedTar(shard, coming, self))
+
+    def _download(self, shard: Shard, folder: str) -> str:
+        path = os.path.join(folder, os.path.basename(shard.tar))
+        try:
+            os.mkdir(folder)
+            self._fetch(shard, path)
+            _verify(shard, path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                place = f"{os.path.dirname(folder)} is full; set TMPDIR to a larger disk or give less --staging-space"
+                raise OSError(errno.ENOSPC, f"{shard.tar}: {place}") from error
+            raise
+        return path
+
+    def _fetch(self, shard: Shard, path: str) -> None:
+        """Write a tar's bytes to a path, by many requests at once where the store's client allows it."""
+        source = shard.source
+        if not source.reads_ranges:
+            source.download(shard.tar, path)
+            return
+        with open(path, "wb") as file:
+            file.truncate(shard.tar_bytes)
+
+            def part(start: int) -> None:
+                if not self._stopped.is_set():
+                    stop = min(start + PART, shard.tar_bytes)
+                    data = source.read_range(shard.tar, start, stop)
+                    if len(data) != stop - start:
+                        raise OSError(f"{shard.tar}: {len(data):,} bytes came of {stop - start:,} at {start:,}")
+                    _write_at(file.fileno(), data, start)
+
+            parts = [self._streams.submit(part, start) for start in range(0, shard.tar_bytes, PART)]
+            try:
+                for done in parts:
+                    done.result()
+            finally:
+                for waiting in parts:  # the file is closed only when nobody writes to it
+                    if not waiting.cancel():
+                        waiting.exception()
+
+
+def _write_at(handle: int, data: bytes, at: int) -> None:
+    """Write all of it: a system call may write less."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view, at)
+        view, at = view[written:], at + written
+
+
+def _verify(shard: Shard, path: str) -> None:
+    """Prove that a downloaded tar is whole, and still what the store holds and the run was planned for."""
+    size, now = os.path.getsize(path), shard.source.info(shard.tar)
+    if now.fingerprint != shard.tar_fingerprint:
+        raise MalformedShard(f"{shard.dataset}/{shard.tar}: it was replaced while the run went on; run again")
+    if size != shard.tar_bytes:
+        raise OSError(f"{shard.dataset}/{shard.tar}: {size:,} bytes came of {shard.tar_bytes:,}")

@@ -1,0 +1,88 @@
+"""What stores have in common: the packages that reach them, how their errors are told, secrets in their URLs."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import TypeGuard
+
+PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
+CLIENTS = frozenset({"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub"})
+"""Packages that talk to stores, whose errors are not all OSErrors."""
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+PACKAGES |= {"abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "smb": "smbprotocol"}
+
+_SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|sig|secret|password|credential|key)[^=&]*=", re.IGNORECASE)
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """The OSError that a store client's error stands for; None for what is no store's error."""
+    if isinstance(error, FileNotFoundError) and _of_client(error.__cause__):
+        error = error.__cause__  # fsspec calls whatever an HTTP server answers "not found"
+    if not _of_client(error):
+        return error if isinstance(error, OSError) else None
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    names = {base.__name__ for base in type(error).__mro__}
+    text = f"{type(error).__name__}: {one_line(error)}"
+    if names & {"NoCredentialsError", "CredentialRetrievalError", "PartialCredentialsError"} or status in {401, 403}:
+        return PermissionError(text)
+    if names & {"ParamValidationError", "RepositoryNotFoundError", "EntryNotFoundError"} or status in {404, 410}:
+        return FileNotFoundError(text)
+    return OSError(text)
+
+
+def _of_client(error: BaseException | None) -> TypeGuard[Exception]:
+    """Whether an error is of a class of a store's client."""
+    return isinstance(error, Exception) and any(
+        base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
+    )
+
+
+def missing_package(protocol: str, error: ImportError) -> str:
+    """What to install for a kind of store."""
+    package = PACKAGES.get(protocol)
+    return f"{protocol}:// needs a package: pip install {package}" if package else one_line(error)
+
+
+def beyond_the_end(error: OSError) -> bool:
+    """Whether a store refuses a range because the file is empty."""
+    return error.errno == errno.EINVAL and "range" in str(error).lower()
+
+
+def way_out(protocol: str, error: OSError) -> str:
+    """What a person can do about an error of a store."""
+    if isinstance(error, PermissionError):
+        where = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if protocol == "s3" else "the credentials"
+        return f"check {where}, and that they may read and write there"
+    if isinstance(error, FileNotFoundError):
+        return "check the name; a bucket is not made here"
+    return "check the address (AWS_ENDPOINT_URL) and the network" if protocol == "s3" else "check the address"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def has_secret(url: str) -> bool:
+    """Whether a URL holds a password, an access key or a token."""
+    for link in url.split("::"):
+        protocol, separator, rest = link.partition("://")
+        if not separator:
+            continue
+        host, _, path = rest.partition("/")
+        user, at, _ = host.rpartition("@")
+        if at and (":" in user or protocol in {"http", "https", "s3", "s3a", "gs", "gcs"}):
+            return True
+        _, colon, port = host.rpartition(":")
+        if colon and not port.isdigit() and "@" in path:  # a key with a slash in it
+            return True
+        if _SECRET_IN_QUERY.search(rest):
+            return True
+    return False
+
+
+def redacted(url: str) -> str:
+    """A URL without what may be secret: its host, if that much can be told, and nothing of its query."""
+    protocol, _, rest = url.rpartition("::")[2].partition("://")
+    return f"{protocol}://***@{rest.rpartition('@')[2]}".partition("?")[0]
