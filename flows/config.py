@@ -6,13 +6,14 @@ import enum
 import importlib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
 from embedders.timm import Precision
 from tasks.plan import MergeOptions
+from tasks.staging import SPACE
 
 
 class OnError(enum.StrEnum):
@@ -71,6 +72,9 @@ class EmbedConfig(BaseModel):
         None, description="Worker processes; by default one a GPU, or one for every four cores."
     )
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="Where models run.")
+    staging_space: ByteSize = Field(
+        ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."
+    )
     overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
 
     def merge_options(self) -> MergeOptions:

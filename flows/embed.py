@@ -122,7 +122,7 @@ def _embed_all(
 ) -> float:
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
     bad_fails, images = config.on_error is OnError.RAISE, work.images // workers
-    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, bad_fails, images)
+    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, bad_fails, images, config.staging_space)
     futures = []
     for group in group_shards(work.plan.to_embed, workers):
         indexed = []

@@ -14,10 +14,11 @@ from embedders.errors import InputError, MalformedShard
 from embedders.loader import Reason
 from flows.config import EmbedConfig
 from flows.progress import Progress
-from tasks.cluster import choose_device
+from tasks.cluster import check_scheduler, choose_device
 from tasks.index import check_metadata, open_local
 from tasks.plan import MergeOptions, Plan, make_plan
 from tasks.shards import Shard, digest, find_shards
+from tasks.storage import Folder
 
 CHECKED_TARS = 8
 CHECKED_METADATA = 64
@@ -50,6 +51,9 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     """
     started = time.monotonic()
     shards = find_shards(config.dataset, config.output)
+    Folder(config.output).check_writable()
+    if config.scheduler:
+        check_scheduler(config.scheduler)
     device = "auto" if config.scheduler else choose_device(config.device)
     embedder = embedder if embedder is not None else config.build_embedder()
     fingerprint = embedder.fingerprint()

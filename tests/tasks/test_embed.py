@@ -19,7 +19,7 @@ from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
 from tasks.embed import EmbedOptions, embed_group, vector_array, write_vectors
 from tasks.failures import ShardsFailed
-from tasks.shards import EmbeddingRecord, Shard, digest, read_embedding_record
+from tasks.shards import EmbeddingRecord, Shard, digest, find_shards, read_embedding_record
 from tasks.storage import Folder
 
 from .conftest import MakeShard
@@ -175,9 +175,9 @@ def test_names_that_are_not_utf8_reach_the_files(make_shard: MakeShard, tiny: Ti
 
 
 def test_a_store_without_paths_is_read_and_written(make_shard: MakeShard, tmp_path: Path) -> None:
-    local = make_shard()
+    make_shard()
     Folder("memory://embed/data").fs.put_file(tmp_path / "data/00000.tar", "/embed/data/00000.tar")
-    shard = replace(local, dataset="memory://embed/data", output="memory://embed/out")
+    (shard,) = find_shards("memory://embed/data", "memory://embed/out")
     (record,) = embed([shard], Lengths())
     assert read_embedding_record(shard.target, shard.embeddings_file) == record
 
