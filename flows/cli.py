@@ -114,7 +114,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _one_line(error: BaseException) -> str:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ValidationError):
+    seen: set[int] = set()  # a store's client may raise an error that leads back to itself
+    while cause is not None and not isinstance(cause, ValidationError) and id(cause) not in seen:
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, ValidationError):
         first = cause.errors()[0]

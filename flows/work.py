@@ -50,8 +50,9 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     :raises InputError: says what is wrong and what to do.
     """
     started = time.monotonic()
+    target = Folder(config.output)
     shards = find_shards(config.dataset, config.output)
-    Folder(config.output).check_writable()
+    target.check_writable()
     if config.scheduler:
         check_scheduler(config.scheduler)
     device = "auto" if config.scheduler else choose_device(config.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def check_scheduler(address: str) -> None:
     try:
         workers = asyncio.run(asyncio.wait_for(_workers(address), 2 * CONNECT_SECONDS))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        cause = " ".join(str(error.__cause__ or error).split()) or "no answer"
+        cause = re.sub(r"^in <.*?>: ", "", " ".join(str(error.__cause__ or error).split())) or "no answer"
         raise InputError(
             f"--scheduler {address}: cannot connect ({cause}); check that it runs, its port and its certificates"
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import TypeGuard
 
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 CLIENTS = frozenset({"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub"})
@@ -18,9 +17,10 @@ _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|sig|secret|password|credential|
 
 def as_os_error(error: Exception) -> OSError | None:
     """The OSError that a store client's error stands for; None for what is no store's error."""
-    if isinstance(error, FileNotFoundError) and _of_client(error.__cause__):
-        error = error.__cause__  # fsspec calls whatever an HTTP server answers "not found"
-    if not _of_client(error):
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _package(cause) == "aiohttp":
+        error = cause  # fsspec calls whatever an HTTP server answers "not found"
+    if not _package(error):
         return error if isinstance(error, OSError) else None
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     names = {base.__name__ for base in type(error).__mro__}
@@ -32,11 +32,10 @@ def as_os_error(error: Exception) -> OSError | None:
     return OSError(text)
 
 
-def _of_client(error: BaseException | None) -> TypeGuard[Exception]:
-    """Whether an error is of a class of a store's client."""
-    return isinstance(error, Exception) and any(
-        base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
-    )
+def _package(error: BaseException) -> str:
+    """The store's client that an error's class, or one of its bases, comes from; "" if none."""
+    packages = (base.__module__.partition(".")[0] for base in type(error).__mro__)
+    return next((package for package in packages if package in CLIENTS), "")
 
 
 def missing_package(protocol: str, error: ImportError) -> str:

@@ -1,0 +1,288 @@
+"""Runs over a real S3 server that fails on purpose, and what is said when a store cannot be used at all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+import requests
+import s3fs
+
+from flows.cli import main
+from tests.servers import Proxy, s3_server
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu")
+SECRET = "MARKED0SECRET0THAT0MUST0NOT0BE0WRITTEN"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+READ_TIMEOUT = {"FSSPEC_S3": '{"config_kwargs": {"read_timeout": 1}}'}
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    """The URL of an S3 server."""
+    with s3_server() as url:
+        yield url
+
+
+def client(url: str) -> Any:
+    """A file system of the tests' own, past the proxy."""
+    return s3fs.S3FileSystem(
+        key="testing", secret=SECRET, endpoint_url=url, skip_instance_cache=True, use_listings_cache=False
+    )
+
+
+class Faults:
+    """Every seventh request is answered 503, by half, or never, in turn."""
+
+    def __init__(self) -> None:
+        self.numbers, self.kinds = itertools.count(), itertools.cycle(["503", "cut", "503", "cut", "hang"])
+        self.lock = threading.Lock()
+
+    def __call__(self, method: str, path: str) -> str | None:
+        with self.lock:
+            return next(self.kinds) if next(self.numbers) % 7 == 6 else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: what it said and left, and where its processes listened meanwhile."""
+
+    status: int
+    said: str
+    folder: Path
+    proxy: Proxy
+    listening: frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def disturbed(store: str, demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two workers from s3:// to s3:// through a proxy that fails every seventh request, with Prefect's words on."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    fs = client(store)
+    fs.mkdir("bucket")
+    fs.put([str(p) for p in sorted(demo_dataset.glob("0000[0-2].*"))], "bucket/data/")
+    (folder / "tmp").mkdir()
+    with Proxy(store, Faults()).running() as proxy:
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")},
+            **CREDENTIALS,
+            **READ_TIMEOUT,
+            "AWS_ENDPOINT_URL": proxy.url,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_API_KEY": SECRET,
+            "TMPDIR": str(folder / "tmp"),
+        }
+        call = ["s3://bucket/data", "--output", "s3://bucket/out", *TINY, "--workers", "2", "--verbose"]
+        with (folder / "said").open("wb") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.embed", *call, "--staging-space", "1MB"],
+                cwd=ROOT,
+                env=environment,
+                stdout=said,
+                stderr=said,
+            )
+            listening: set[str] = set()
+            deadline = time.monotonic() + 240
+            while process.poll() is None:
+                assert time.monotonic() < deadline, process.kill()
+                listening |= listening_addresses(f"PREFECT_HOME={folder / 'prefect'}")
+                time.sleep(0.3)
+    text = (folder / "said").read_text()
+    return Run(process.returncode, text, folder, proxy, frozenset(listening))
+
+
+def listening_addresses(variable: str) -> set[str]:
+    """The local addresses, in /proc's hexadecimal, that processes with an environment variable listen at."""
+    inodes = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                inodes |= {os.readlink(handle) for handle in (process / "fd").iterdir()}
+    lines = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes}
+
+
+def rows(fs: Any, folder: str) -> dict[str, dict[str, list[Any]]]:
+    """What the merged files of an output hold, by name."""
+    found = {}
+    for path in fs.find(folder):
+        with fs.open(path) as file:
+            found[path.rpartition("/")[2]] = pq.read_table(file).to_pydict()
+    return found
+
+
+def test_a_store_that_fails_all_the_time_ends_in_the_undisturbed_dataset(
+    disturbed: Run, store: str, demo_dataset: Path, tmp_path: Path, server: str, command: Callable[..., Any]
+) -> None:
+    assert disturbed.status == 0, disturbed.said
+    assert {"503", "cut", "hang"} <= set(disturbed.proxy.faults)
+    (tmp_path / "data").mkdir()
+    for path in demo_dataset.glob("0000[0-2].*"):
+        (tmp_path / "data" / path.name).symlink_to(path)
+    done = command(tmp_path / "data", "--output", tmp_path / "out", *TINY, "--workers", 2, "--json")
+    assert done.status == 0, done.stderr
+    undisturbed = rows(fsspec.filesystem("file"), str(tmp_path / "out/metadata"))
+    assert rows(client(store), "bucket/out/metadata") == undisturbed
+    assert len(undisturbed) == 3
+    names = {path.removeprefix("bucket/out/") for path in client(store).find("bucket/out")}
+    assert names == {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_nothing_stays_on_the_local_disk(disturbed: Run) -> None:
+    assert len(list((disturbed.folder / "tmp").glob("shard-embed-*"))) == 1
+    assert list((disturbed.folder / "tmp").glob("shard-embed-*/*")) == []
+
+
+def test_the_run_listened_on_loopback_only(disturbed: Run) -> None:
+    """The scheduler, the dashboard, the workers and the Prefect server."""
+    assert disturbed.listening == {"0100007F"}
+
+
+def test_secrets_are_written_nowhere(disturbed: Run, store: str) -> None:
+    assert SECRET not in disturbed.said
+    fs = client(store)
+    written = {path: fs.cat_file(path) for path in fs.find("bucket/out")}
+    written |= {str(p): p.read_bytes() for p in disturbed.folder.rglob("*") if p.is_file()}
+    assert any(path.endswith("prefect.db") for path in written)
+    assert [path for path, data in written.items() if SECRET.encode() in data] == []
+
+
+def test_no_result_is_persisted(disturbed: Run) -> None:
+    """Prefect would pickle them, a failed run's error too."""
+    assert list((disturbed.folder / "prefect").glob("storage/*")) == []
+
+
+def test_a_second_run_asks_for_footers_only(
+    disturbed: Run, store: str, command: Callable[..., Any], server: str
+) -> None:
+    with Proxy(store).running() as proxy:
+        done = command(
+            *("s3://bucket/data", "--output", "s3://bucket/out", *TINY, "--json"),
+            **CREDENTIALS,
+            AWS_ENDPOINT_URL=proxy.url,
+        )
+    assert (done.status, done.manifest["shards_cached"]) == (0, 3), done.stderr
+    assert not [path for _, path in proxy.requests if path.endswith(".tar")]
+    assert [path for method, path in proxy.requests if method == "GET" and ".parquet" in path].count(
+        "/bucket/out/embeddings/00000.parquet"
+    ) <= 2  # this command plans twice: before the flow, and for the account
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a call that ends with status 2."""
+    assert main([*map(str, arguments), *TINY]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def on_s3(store: str, demo_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process with the store's address and credentials, and a small dataset in it."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": store, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    fs = client(store)
+    fs.makedirs("small", exist_ok=True)
+    fs.put_file(demo_dataset / "00003.tar", "small/data/00003.tar")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("on_s3")
+def test_a_missing_bucket_or_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = refused(capsys, "s3://nobucket/data", "--output", tmp_path / "out")
+    assert "s3://nobucket/data: no such folder" in line
+    line = refused(capsys, "s3://small/nothing", "--output", tmp_path / "out")
+    assert "s3://small/nothing: no such folder" in line
+    line = refused(capsys, "s3://small/data", "--output", "s3://nobucket/out")
+    assert "s3://nobucket/out" in line
+    assert "bucket does not exist" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_credentials_are_told_in_one_line(
+    on_s3: pytest.MonkeyPatch, store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    requests.post(f"{store}/moto-api/reset-auth", data=b"0", timeout=10).raise_for_status()  # from now on it looks
+    try:
+        line = refused(capsys, "s3://small/data", "--output", tmp_path / "out")
+    finally:
+        requests.post(f"{store}/moto-api/reset-auth", data=b"inf", timeout=10).raise_for_status()
+    assert "s3://small/data" in line
+    assert "AWS_ACCESS_KEY_ID" in line
+    assert SECRET not in line
+
+
+def test_no_credentials_are_told_in_one_line(
+    on_s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    on_s3.delenv("AWS_ACCESS_KEY_ID")
+    on_s3.delenv("AWS_SECRET_ACCESS_KEY")
+    on_s3.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    line = refused(capsys, "s3://small/data", "--output", tmp_path / "out")
+    assert "credentials" in line
+    assert "AWS_ACCESS_KEY_ID" in line
+
+
+def test_a_store_that_is_not_there_is_told_in_one_line(
+    on_s3: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    on_s3.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    on_s3.setenv("AWS_MAX_ATTEMPTS", "1")
+    line = refused(capsys, "s3://small/data", "--output", tmp_path / "out")
+    assert "http://127.0.0.1:1" in line
+    assert "AWS_ENDPOINT_URL" in line
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://AKIA:{SECRET}@bucket/data",
+        f"s3://AKIA:a/{SECRET}@bucket/data",
+        f"https://user:{SECRET}@host/data",
+        f"https://{SECRET}@host/data",
+        f"simplecache::s3://AKIA:{SECRET}@bucket/data",
+        f"https://host/data?X-Amz-Signature={SECRET}",
+        f"https://host/data?token={SECRET}",
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], url: str, tmp_path: Path
+) -> None:
+    for call in ([url, "--output", tmp_path / "out"], [tmp_path, "--output", url]):
+        line = refused(capsys, *call)
+        assert SECRET not in line
+        assert "environment variables" in line
+
+
+def test_a_missing_package_is_named_with_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    with contextlib.suppress(ImportError):
+        import gcsfs  # noqa: F401
+
+        pytest.skip("gcsfs is installed here")
+    assert "pip install gcsfs" in refused(capsys, "gs://bucket/data", "--output", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str], demo_dataset: Path, tmp_path: Path
+) -> None:
+    line = refused(capsys, demo_dataset, "--output", "http://127.0.0.1:1/out")
+    assert "cannot be written to" in line
