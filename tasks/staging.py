@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 from collections import deque
@@ -30,6 +31,28 @@ PART = 8 << 20
 """Bytes of a request. `STREAMS` of them are in memory at once."""
 
 
+class _Room:
+    """Bytes that the tars of this process take; a worker runs several tasks at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.taken = 0
+
+    def take(self, size: int, space: float) -> bool:
+        """Take room, unless more than `space` would be taken then."""
+        with self._lock:
+            fits = self.taken + size <= space
+            self.taken += size if fits else 0
+            return fits
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self.taken -= size
+
+
+_room = _Room()
+
+
 @dataclass(frozen=True)
 class StagedTar:
     """A tar on its way to the local disk. Whoever took it from the stage releases it."""
@@ -54,16 +77,17 @@ class StagedTar:
 class Stage:
     """The tars of a sequence of shards, as an iterator that downloads ahead within a bound.
 
-    What is downloaded ahead and what is not yet released takes at most `space` bytes, with one exception: a tar that
-    is asked for is fetched in any case, since who asks may need it to be done with the ones before.
+    What is downloaded ahead and what is not yet released, by all stages of the process, takes at most `space` bytes,
+    with one exception: a tar that is asked for is fetched in any case, since who asks may need it to be done with the
+    ones before.
     """
 
     def __init__(self, shards: Iterable[Shard], space: int = SPACE) -> None:
         self._shards = iter(shards)
         self._space = space
-        self._held = 0
         self._next: Shard | None = None
         self._staged: deque[StagedTar] = deque()
+        self._taken = 0
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._ends = contextlib.ExitStack()
@@ -83,6 +107,9 @@ class Stage:
         for executor in (self._downloads, self._streams):
             executor.shutdown(cancel_futures=True)
         self._ends.close()
+        with self._lock:
+            _room.give_back(self._taken)
+            self._taken = 0
 
     def __iter__(self) -> Iterator[StagedTar]:
         return self
@@ -94,7 +121,7 @@ class Stage:
                 shard = self._peek()
                 if shard is None:
                     raise StopIteration
-                self._start(shard)
+                self._start(shard, math.inf)
             tar = self._staged.popleft()
             self._fill()
             return tar
@@ -106,7 +133,10 @@ class Stage:
         with contextlib.suppress(Exception):  # one that failed removed itself
             os.unlink(tar.coming.result())
         with self._lock:
-            self._held -= tar.shard.tar_bytes
+            if self._stopped.is_set():
+                return
+            _room.give_back(tar.shard.tar_bytes)
+            self._taken -= tar.shard.tar_bytes
             self._fill()
 
     def _peek(self) -> Shard | None:
@@ -118,22 +148,25 @@ class Stage:
         """Start the downloads there is room for."""
         while not self._stopped.is_set() and len(self._staged) < 2 * DOWNLOADS:
             shard = self._peek()
-            if shard is None or self._held + shard.tar_bytes > self._space:
+            if shard is None or not self._start(shard, self._space):
                 return
-            self._start(shard)
 
-    def _start(self, shard: Shard) -> None:
-        self._next = None
+    def _start(self, shard: Shard, space: float) -> bool:
+        """Start the download of the next shard, if there is room for it."""
         coming: Future[str]
         if shard.source.is_local:
             coming = Future()
             coming.set_result(shard.source.path(shard.tar))
+        elif not _room.take(shard.tar_bytes, space):
+            return False
         else:
-            self._held += shard.tar_bytes
+            self._taken += shard.tar_bytes
             self._folder = self._folder or self._ends.enter_context(scratch())
             self._count += 1
             coming = self._downloads.submit(self._download, shard, os.path.join(self._folder, str(self._count)))
+        self._next = None
         self._staged.append(StagedTar(shard, coming, self))
+        return True
 
     def _download(self, shard: Shard, folder: str) -> str:
         path = os.path.join(folder, os.path.basename(shard.tar))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -97,7 +98,8 @@ def disturbed(store: str, demo_dataset: Path, tmp_path_factory: pytest.TempPathF
             listening: set[str] = set()
             deadline = time.monotonic() + 240
             while process.poll() is None:
-                assert time.monotonic() < deadline, process.kill()
+                if time.monotonic() > deadline:
+                    process.kill()
                 listening |= listening_addresses(f"PREFECT_HOME={folder / 'prefect'}")
                 time.sleep(0.3)
     text = (folder / "said").read_text()
@@ -273,10 +275,7 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(
 
 
 def test_a_missing_package_is_named_with_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("fsspec")
-    with contextlib.suppress(ImportError):
-        import gcsfs  # noqa: F401
-
+    if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed here")
     assert "pip install gcsfs" in refused(capsys, "gs://bucket/data", "--output", tmp_path / "out")
 
