@@ -42,6 +42,10 @@ test: $(STAMP)  ## run the tests; ARGS="tests/tasks -x" picks some
 chaos: $(STAMP)  ## run the tests that kill workers and servers in the middle of a run
 	@$(BIN)/python -m pytest -m chaos $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(STAMP)  ## fuzz the reading of tars for four minutes; ARGS=-max_total_time=60 changes that
+	@$(BIN)/python -m tests.fuzz_tar -max_total_time=240 -print_final_stats=1 $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check .

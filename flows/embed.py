@@ -82,7 +82,11 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 
-@flow(name="embed", result_serializer="json")  # Prefect keeps the error of a failed run, by default as a pickle
+@flow(
+    name="embed",
+    persist_result=False,
+    result_serializer="json",  # the error of a failed run is kept in any case, by default as a pickle
+)
 def embed(config: EmbedConfig) -> Manifest:
     """Give every image of a dataset an embedding.
 
