@@ -48,15 +48,17 @@ def client(url: str) -> Any:
 
 
 class Faults:
-    """Every seventh request is answered 503, by half, or never, in turn."""
+    """Every n-th request is answered 503, by half, or never, in turn, until that is enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int, enough: int) -> None:
+        self.every, self.enough = every, enough
         self.numbers, self.kinds = itertools.count(), itertools.cycle(["503", "cut", "503", "cut", "hang"])
         self.lock = threading.Lock()
 
     def __call__(self, method: str, path: str) -> str | None:
         with self.lock:
-            return next(self.kinds) if next(self.numbers) % 7 == 6 else None
+            number = next(self.numbers)
+            return next(self.kinds) if number % self.every == 2 and number < self.every * self.enough else None
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,19 @@ class Run:
 
 @pytest.fixture(scope="module")
 def disturbed(store: str, demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two workers from s3:// to s3:// through a proxy that fails every seventh request, with Prefect's words on."""
-    folder = tmp_path_factory.mktemp("disturbed")
+    """A run that meets each kind of fault a few times."""
+    return run_through(Faults(every=5, enough=10), store, demo_dataset, tmp_path_factory.mktemp("disturbed"))
+
+
+def run_through(faults: Faults, store: str, demo_dataset: Path, folder: Path) -> Run:
+    """Two workers from s3:// to s3:// through a proxy that fails, with Prefect's words on."""
     fs = client(store)
+    if fs.exists("bucket"):
+        fs.rm("bucket", recursive=True)
     fs.mkdir("bucket")
     fs.put([str(p) for p in sorted(demo_dataset.glob("0000[01].*"))], "bucket/data/")
     (folder / "tmp").mkdir()
-    with Proxy(store, Faults()).running() as proxy:
+    with Proxy(store, faults).running() as proxy:
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")},
             **CREDENTIALS,
@@ -130,11 +138,26 @@ def rows(fs: Any, folder: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_a_store_that_fails_all_the_time_ends_in_the_undisturbed_dataset(
+def test_a_store_that_fails_now_and_then_ends_in_the_undisturbed_dataset(
     disturbed: Run, store: str, demo_dataset: Path, tmp_path: Path
 ) -> None:
-    assert disturbed.status == 0, disturbed.said
-    assert {"503", "cut", "hang"} <= set(disturbed.proxy.faults)
+    check_dataset(disturbed, store, demo_dataset, tmp_path)
+
+
+@pytest.mark.chaos
+def test_a_store_that_fails_every_third_request_ends_in_the_undisturbed_dataset(
+    store: str, demo_dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    run = run_through(Faults(every=3, enough=10**6), store, demo_dataset, tmp_path / "run")
+    check_dataset(run, store, demo_dataset, tmp_path)
+    print(f"{len(run.proxy.faults)} of {len(run.proxy.requests)} requests failed")
+
+
+def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> None:
+    """Prove that a run met every kind of fault and ended in what an embedding of the local files gives."""
+    assert run.status == 0, run.said
+    assert {"503", "cut", "hang"} <= set(run.proxy.faults)
     embedder = TimmImageEmbedder("test_vit.r160_in1k", pretrained=False)
     shards = find_shards(str(demo_dataset), str(tmp_path))[:2]
     embed_group(shards, embedder, EmbedOptions("key", digest(embedder.fingerprint()), "cpu"))
@@ -228,14 +251,20 @@ def test_a_missing_bucket_or_folder_is_named(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "out").exists()
 
 
+def look_at_credentials(store: str, after: bytes) -> None:
+    """Let moto look at credentials after so many requests."""
+    kind = {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(f"{store}/moto-api/reset-auth", after, kind)).close()
+
+
 def test_wrong_credentials_are_told_in_one_line(
     on_s3: pytest.MonkeyPatch, store: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    urllib.request.urlopen(f"{store}/moto-api/reset-auth", data=b"0").close()  # from now on it looks
+    look_at_credentials(store, b"0")
     try:
         line = refused(capsys, "s3://small/data", "--output", tmp_path / "out")
     finally:
-        urllib.request.urlopen(f"{store}/moto-api/reset-auth", data=b"inf").close()
+        look_at_credentials(store, b"inf")
     assert "s3://small/data" in line
     assert "AWS_ACCESS_KEY_ID" in line
     assert SECRET not in line
