@@ -7,10 +7,13 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from embedders.errors import InputError
 from tasks.storage import Folder, in_bulk
+from tasks.stores import has_secret
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -101,3 +104,61 @@ def test_a_store_that_nobody_knows_is_named(url: str) -> None:
 
 def test_bulk_work_keeps_its_order() -> None:
     assert in_bulk(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+
+
+class Growing(LocalFileSystem):
+    """A store that shows files as they grow, such as sftp://, over a real disk."""
+
+    protocol = "growing"
+
+
+def test_where_files_are_seen_to_grow_they_get_their_names_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("growing", Growing, clobber=True)
+    folder = Folder(f"growing://{tmp_path}/new")
+    assert not folder.is_local
+    folder.write_text("a/0.idx", "whole")
+    assert folder.read_text("a/0.idx") == "whole"
+
+    def half(self: object, local: str, path: str, **other: object) -> None:
+        Path(path).write_text("half")
+        raise PermissionError("cut")
+
+    monkeypatch.setattr(Growing, "put_file", half)
+    with pytest.raises(PermissionError):
+        folder.write_text("a/0.idx", "another")
+    assert [path.read_text() for path in tmp_path.rglob("*.*")] == ["whole"]
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused() -> None:
+    folder = Folder(f"memory://{uuid.uuid4().hex}/in")
+    folder.fs.pipe_file("/file", b"x")
+    folder.fs.store[f"{folder.path('')}../../evil.tar"] = folder.fs.store.pop("/file")
+    with pytest.raises(InputError, match=r"\.\./\.\./evil\.tar"):
+        folder.list(".tar")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sftp://user@host/data",
+        "hf://datasets/org/name@main/data",
+        "abfs://box@account.dfs.core.windows.net/x",
+        "/a@b:c",
+    ],
+)
+def test_a_user_or_a_revision_is_no_secret(url: str) -> None:
+    assert not has_secret(url)
+
+
+def test_tails_are_read_many_at_a_time(folder: Folder) -> None:
+    for i in range(40):
+        folder.write_text(f"{i:02}.idx", "x" * i + str(i))
+    files = folder.list(".idx")
+    folder.remove("07.idx")
+    found = {file.name: tail for file, tail in folder.read_tails(files, 2)}
+    assert len(found) == 39
+    assert (found["05.idx"], found["39.idx"]) == (b"x5", b"39")
+    assert folder.read_tail("39.idx", 3) == b"x39"
+    assert folder.read_tail("00.idx", 100) == b"0"
