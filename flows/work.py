@@ -58,13 +58,16 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     device = "auto" if config.scheduler else choose_device(config.device)
     embedder = embedder if embedder is not None else config.build_embedder()
     fingerprint = embedder.fingerprint()
-    plan = make_plan(
-        shards,
-        digest(fingerprint),
-        merge_options(config, embedder),
-        overwrite=config.overwrite,
-        accepts=embedder.accepts,
-    )
+    try:
+        plan = make_plan(
+            shards,
+            digest(fingerprint),
+            merge_options(config, embedder),
+            overwrite=config.overwrite,
+            accepts=embedder.accepts,
+        )
+    except OSError as error:
+        target.refuse(error)
     if plan.to_embed:
         embedder.check()
     images = _check_inputs(plan.to_embed, config, embedder.image_component)
@@ -105,7 +108,8 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
             images, of_bytes = images + len(ids), of_bytes + shard.tar_bytes
-        check_metadata(shard, config.id_col, ids)
+        with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
+            check_metadata(shard, config.id_col, ids)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 

@@ -73,12 +73,14 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) 
 
     :param ids: the samples' ids, where the tar was looked at.
     :raises InputError: it does not open, lacks the id column, repeats an id, or has no id of the shard's samples.
+    :raises OSError: its store did not give it.
     """
     if shard.metadata is None:
         return
     where = f"{shard.dataset}/{shard.metadata}"
+    in_store = None if shard.source.is_local else shard.source.open(shard.metadata)  # its errors are not the file's
     try:
-        with shard.source.open(shard.metadata) as file:
+        with in_store or shard.source.open(shard.metadata) as file:
             parquet = pq.ParquetFile(file)
             if id_col not in parquet.schema_arrow.names:
                 columns = ", ".join(parquet.schema_arrow.names)
