@@ -263,8 +263,8 @@ class Samples:
     unusable: dict[int, tuple[Reason, str]]
     """The samples that no loader need look at: no image, several, an empty one, or an id that was there before."""
     headers: np.ndarray | None = None
-    """(n, 4) int32, if they were read: width and height in pixels, whether DALI decodes the image as Pillow does, and
-    whether it carries metadata; see `embedders.images.ImageHeader`."""
+    """(n, 4) int64, if they were read (a PNG can claim 2^32 pixels a side): width and height in pixels, whether DALI
+    decodes the image as Pillow does, and whether it carries metadata; see `embedders.images.ImageHeader`."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def describe(
     read = None
     if headers:
         seen = [inspect(np.frombuffer(data, np.uint8, size, offset)) for offset, size in places.tolist()]
-        read = np.array([(h.width, h.height, h.dali, h.metadata) for h in seen], np.int32).reshape(-1, 4)
+        read = np.array([(h.width, h.height, h.dali, h.metadata) for h in seen], np.int64).reshape(-1, 4)
     return Samples(ids, members, places, _unusable(index, ids, images, image_component), read)
 
 

@@ -24,13 +24,17 @@ MAX_BYTES = 1 << 15
 def check(data: bytes) -> None:
     """Index a tar and read every sample of it, as a worker does."""
     from embedders.errors import MalformedShard  # imported late, by code that is traced
-    from embedders.webdataset import format_index, open_shard, parse_index, read_tar
+    from embedders.webdataset import describe, format_index, open_shard, parse_index, read_tar
 
     handle = os.memfd_create("tar")
     try:
         os.write(handle, data)
         shard = open_shard(f"/proc/self/fd/{handle}", "id")
         assert read_tar(data) == shard.index
+        described = describe(shard.data, shard.index, "id", headers=True)
+        assert (described.ids, described.unusable) == (shard.ids, shard.unusable)
+        assert described.headers is not None
+        assert len(described.headers) == len(shard.ids)
         names = [component.name for sample in shard.index.samples for component in sample.components]
         assert len(shard.ids) == len(shard.index.samples) <= len(data) // BLOCK
         for sample in shard.index.samples:
@@ -71,12 +75,22 @@ def signed(data: bytes) -> bytes:
 
 def seeds() -> list[bytes]:
     """Small tars of every format."""
+    from PIL import Image
+
+    def encoded(kind: str) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", (3, 2)).save(out, kind)
+        return out.getvalue()
+
     members = {
-        "0.jpg": b"\xff\xd8jpeg",
+        "0.jpg": encoded("JPEG"),
         "0.json": json.dumps({"id": 12, "caption": "é"}).encode(),
-        "a/b.c/1.seg.png": b"png",
+        "a/b.c/1.seg.png": encoded("PNG"),
         "README": b"x",
-        "n" * 120 + "/2.webp": b"webp",
+        "n" * 120 + "/2.webp": encoded("WEBP"),
+        "3.gif": encoded("GIF"),
+        "4.tif": encoded("TIFF"),
+        "5.bmp": encoded("BMP"),
         "日本.jpg": b"",
     }
     found = []
