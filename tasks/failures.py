@@ -18,6 +18,8 @@ class ShardFailure:
     shard: str
     error: str
     transient: bool
+    alone: bool = False
+    """Whether to try the shard once more, in a task of its own: it may have been failed by another one."""
 
     @classmethod
     def of(cls, shard: str, error: BaseException) -> ShardFailure:
@@ -25,7 +27,9 @@ class ShardFailure:
         text = " ".join(str(error).split())
         kind = type(error).__name__
         return cls(
-            shard, text if text and kind in {"InputError", "MalformedShard"} else f"{kind}: {text}", passes(error)
+            shard,
+            text if text and kind in {"InputError", "MalformedShard", "ShardReplaced"} else f"{kind}: {text}",
+            passes(error),
         )
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from embedders.errors import InputError
 from tasks.shards import (
     EmbeddingRecord,
     MergeRecord,
     Shard,
+    account_agrees,
     embedding_key,
+    intact,
     merge_key,
     read_embedding_record,
     read_merge_record,
 )
 from tasks.storage import Folder, in_bulk
 
+R = TypeVar("R")
 MAX_TASKS = 400
 SHARDS_A_TASK = 32
 
@@ -67,15 +70,19 @@ def make_plan(
     *,
     overwrite: bool = False,
     accepts: Callable[[str], bool] = lambda decoder: True,
+    verify: bool = False,
 ) -> Plan:
     """Read what the output holds of these shards.
 
+    A shard's embeddings count as done if their footer opens, its key is the one expected, and its counts agree with
+    the file's rows, the quarantine and the index.
+
     :param embedder: the digest of the embedder's fingerprint.
     :param accepts: whether a shard that a decoder decoded counts as done.
+    :param verify: whether to read every page of what looks done and check it against its checksum.
     :raises InputError: the output was made with another embedder and `overwrite` is not set.
     """
     target = shards[0].target
-    quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(".parquet")}
     embedded: dict[str, EmbeddingRecord] = {}
     for shard, record in zip(shards, _records(shards, "embeddings", read_embedding_record), strict=True):
         if record is None:
@@ -85,15 +92,26 @@ def make_plan(
                 f"{target.url} holds embeddings of another model or setting (see its manifest.json); "
                 "give another --output, or --overwrite to replace them"
             )
-        listed = not record.quarantined or f"{shard.name}.parquet" in quarantined
-        if record.key == embedding_key(shard, embedder, options.id_col) and listed and accepts(record.decoder):
+        if record.key == embedding_key(shard, embedder, options.id_col) and accepts(record.decoder):
             embedded[shard.name] = record
+    embedded = _only(shards, embedded, lambda shard: account_agrees(shard, embedded[shard.name]))
+    if verify:
+        embedded = _only(shards, embedded, lambda shard: intact(target, shard.embeddings_file))
     merged: dict[str, MergeRecord] = {}
     for shard, done in zip(shards, _records(shards, "metadata", read_merge_record), strict=True):
         record = embedded.get(shard.name)
         if done and record and done.key == merge_key(shard, record.version, options.as_dict()):
             merged[shard.name] = done
+    if verify:
+        merged = _only(shards, merged, lambda shard: intact(target, shard.merged_file))
     return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
+
+
+def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
+    """The records of the shards for which something holds that has to be read from their files."""
+    asked = [shard for shard in shards if shard.name in records]
+    answers = in_bulk(holds, asked)
+    return {shard.name: records[shard.name] for shard, answer in zip(asked, answers, strict=True) if answer}
 
 
 def _records(shards: Sequence[Shard], kind: str, read: Any) -> list[Any]:

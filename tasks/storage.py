@@ -84,6 +84,14 @@ class Folder:
                 files.append(FileInfo(name, int(info.get("size") or 0), _fingerprint(info)))
         return sorted(files, key=lambda file: file.name)
 
+    def fingerprint(self, name: str) -> str | None:
+        """What `list` says of a file's content, asked again for this file alone; None if it is not there."""
+        self.fs.invalidate_cache()
+        try:
+            return _fingerprint(self.fs.info(self.path(name)))
+        except FileNotFoundError:
+            return None
+
     def open(self, name: str) -> Any:
         """Open a file for reading bytes at any place."""
         return self.fs.open(self.path(name), "rb")
@@ -94,6 +102,13 @@ class Folder:
             return str(self.fs.cat_file(self.path(name)).decode("utf-8", "surrogateescape"))
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def read_head(self, name: str, size: int = 512) -> str:
+        """The first bytes of a text; nothing if it is not there."""
+        try:
+            return str(self.fs.cat_file(self.path(name), end=size).decode("utf-8", "replace"))
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
 
     def write(self, name: str, save: Callable[[str], None]) -> None:
         """Write a file whole or not at all.
