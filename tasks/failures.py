@@ -26,6 +26,9 @@ class ShardFailure:
         """The failure that an exception stands for."""
         text = " ".join(str(error).split())
         kind = type(error).__name__
+        if kind == "KilledWorker":  # Dask's, whose text is about its own settings
+            text = "its worker died whenever it was tried: out of memory, or a crash in native code; see its log"
+            return cls(shard, text, False)
         return cls(
             shard,
             text if text and kind in {"InputError", "MalformedShard", "ShardReplaced"} else f"{kind}: {text}",
