@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import os
 import tempfile
@@ -170,8 +171,10 @@ def _fingerprint(info: dict[str, Any]) -> str:
         "updated",
         "created",
     ):
-        if info.get(field):
-            return f"{info.get('size')}-{str(info[field]).strip(chr(34))}"
+        if value := info.get(field):
+            if isinstance(value, datetime.datetime):  # some say it so in a listing, and as a number elsewhere
+                value = value.timestamp()
+            return f"{info.get('size')}-{str(value).strip(chr(34))}"
     return f"{info.get('size')}"
 
 

@@ -7,6 +7,7 @@ again all the same; "seconds" are from the fault to the end of the run that has 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -401,7 +402,6 @@ def other_images(tar: Path, of: Path, to: Path) -> None:
             data = named.extractfile(member).read()  # type: ignore[union-attr]
             if member.name.endswith(".jpg") and images:
                 data = images.pop()
-            import io
 
             member.size = len(data)
             made.addfile(member, io.BytesIO(data))

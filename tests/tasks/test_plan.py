@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
+from embedders.webdataset import Component, Sample, TarIndex, format_index
 from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
 from tasks.shards import EmbeddingRecord, MergeRecord, Shard, embedding_key, merge_key, with_record
 
@@ -26,8 +27,17 @@ def shards(tmp_path: Path) -> list[Shard]:
         record = EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4)
         write(shard, shard.embeddings_file, record)
         write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
-    made[2].target.write_text(made[2].quarantine_file, "")
+    bad = pa.table({"id": ["2"]})
+    made[2].target.write(made[2].quarantine_file, lambda path: pq.write_table(bad, path))
+    for shard, samples in zip(made, (2, 2, 3), strict=True):
+        shard.target.write_text(shard.index_file, index_of(shard, samples))
     return made
+
+
+def index_of(shard: Shard, samples: int) -> str:
+    """The index of a tar with so many samples of one image."""
+    found = [Sample(f"{i}", (Component("jpg", 512 + 1024 * i, 9, f"{i}.jpg"),)) for i in range(samples)]
+    return format_index(TarIndex(tuple(found)), shard.tar_fingerprint)
 
 
 def write(shard: Shard, name: str, record: EmbeddingRecord | MergeRecord) -> None:
