@@ -27,6 +27,7 @@ app = App(
     help="Give every image of a WebDataset an embedding, as a new column of its metadata.",
     help_format="plaintext",
     version_flags=[],
+    suppress_keyboard_interrupt=False,
 )
 
 Flag = Annotated[bool, Parameter(negative=())]

@@ -1,11 +1,12 @@
 """The flow: plan, index, embed, merge, report. And `python -m flows.embed`, its command line."""
 
-from __future__ import annotations
+# Annotations are no text here: Prefect loads the flow of a deployment from this file's path, where text names nothing.
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from tasks.merge import merge_shards
 from tasks.plan import Plan, group_shards, make_plan
 from tasks.report import MANIFEST, Manifest, Spent, account, write_manifest
 from tasks.run_lock import only_run
-from tasks.shards import Shard, intact
+from tasks.shards import Shard, intact, sweep
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -78,8 +79,19 @@ def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress)
         progress.note(why)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with only_run(config.output, lock_name(config, embedder), lost):
+    with _alone(config, embedder, lost):
         return _run(config, embedder, progress)
+
+
+@contextlib.contextmanager
+def _alone(config: EmbedConfig, embedder: ImageEmbedder | None, lost: Callable[[str], None]) -> Iterator[None]:
+    """Be the only run over the output, and leave no half-written file there, of this run or an earlier one."""
+    with only_run(config.output, lock_name(config, embedder), lost):
+        sweep(config.output)
+        try:
+            yield
+        finally:
+            sweep(config.output)
 
 
 def _run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
@@ -138,7 +150,7 @@ def embed(config: EmbedConfig) -> Manifest:
     received_work = received()
     if received_work is not None:
         return _embed(config, *received_work)
-    with only_run(config.output, lock_name(config, None), _stop_flow):
+    with _alone(config, None, _stop_flow):
         work = prepare(config, None)
         return _embed(config, work, Silent(), Course(len(work.plan.embedded)))
 

@@ -110,7 +110,7 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
         "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": 40,
+        "silence_logs": 50,
     }
 
 
@@ -124,7 +124,7 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
         "memory_limit": 0,
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": 40,
+        "silence_logs": 50,
         "env": _threads(max(1, available_cores() // workers)) | {"CUDA_VISIBLE_DEVICES": ""},
     }
 

@@ -154,6 +154,12 @@ def content_fingerprint(shard: Shard) -> str:
         return "blake2b-" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def sweep(output: str) -> None:
+    """Take away what writers that were killed have left in an output. Nobody may write there meanwhile."""
+    for kind in ("embeddings", "index", "metadata", "quarantine"):
+        Folder(f"{output.rstrip('/')}/{kind}").sweep()
+
+
 class ShardReplaced(Exception):
     """A tar is another one than when the run began. Its shard fails by name; the next run takes it as it is then."""
 

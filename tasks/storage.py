@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from embedders.errors import InputError
 T = TypeVar("T")
 R = TypeVar("R")
 BULK_THREADS = 16
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""The name of a file on a disk that is not whole yet."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,14 @@ class Folder:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Take away what writers that were killed have left on a disk. Nobody may write meanwhile."""
+        if not self.is_local:
+            return
+        for path in Path(self.path("")).rglob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""

@@ -76,6 +76,10 @@ class Run:
         """Wait until it has written the embeddings of so many shards."""
         self.wait_until(lambda: len(list((self.output / "embeddings").glob("[!.]*.parquet"))) >= count)
 
+    def wait_for_server(self) -> None:
+        """Wait until it has started a Prefect server."""
+        self.wait_until(lambda: self.children("local_server"))
+
     def signal_group(self, number: int) -> None:
         """Send a signal to all that the terminal would send it to."""
         os.killpg(self.process.pid, number)
@@ -306,7 +310,7 @@ def test_told_to_stop(chaos: Chaos, tmp_path: Path, tell: Tell, number: signal.S
         before = written(output)
         run = chaos.start(output, *FAULTY, FAULT="slow:1")
         if attempt == 0:
-            run.wait_until(lambda run=run: run.children("local_server"))
+            run.wait_for_server()
         else:
             run.wait_for_shards(len(before) + 1)
         told = time.monotonic()
@@ -317,7 +321,7 @@ def test_told_to_stop(chaos: Chaos, tmp_path: Path, tell: Tell, number: signal.S
         assert run.wait(SECONDS_TO_STOP) == status, run.said
         run.wait_until_gone(max(0.1, SECONDS_TO_STOP - (time.monotonic() - told)))
         assert "Traceback" not in run.said
-        assert run.said.splitlines()[-1].startswith("stopped: "), run.said
+        assert run.said.splitlines()[-1].startswith("stopped"), run.said
         assert leftovers(output) == []
         again += twice(before, output)
     before, fault = written(output), time.monotonic()
@@ -340,7 +344,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_the_disk_full(chaos: Chaos, tmp_path: Path, tell: Tell) -> None:
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk(tmp_path / "disk", "140k") as disk:
         output = disk / "out"
         run = chaos.start(output, *FAULTY)
         assert run.wait() == 1, run.said
@@ -478,7 +482,7 @@ DAMAGES = {
     damage_foreign: ["00004"],
     damage_swapped: ["00005", "00006"],
     damage_quarantine: ["00000"],
-    damage_index: ["00007"],
+    damage_index: [],  # is made again, and agrees then
 }
 
 

@@ -101,3 +101,21 @@ def test_a_store_that_nobody_knows_is_named(url: str) -> None:
 
 def test_bulk_work_keeps_its_order() -> None:
     assert in_bulk(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+
+    def killed(path: str) -> None:
+        Path(path).write_text("half")
+        os._exit(9)
+
+    folder.write_text("a/whole.parquet", "")
+    (tmp_path / "a/.mine.tmp").touch()
+    if (child := os.fork()) == 0:
+        folder.write("a/b/0.parquet", killed)
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / "a/b").iterdir())) == 1
+    folder.sweep()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["a/.mine.tmp", "a/whole.parquet"]
