@@ -88,6 +88,7 @@ def test_what_cannot_pass_is_not_tried_again(server: str, demo_dataset: Path, tm
     assert {run.run_count for run in task_runs("embed demo-data with FailsOnce") if run.name[:5] == "embed"} == {1}
 
 
+@pytest.mark.chaos
 def test_what_one_shard_does_to_another_is_undone(server: str, demo_dataset: Path, tmp_path: Path) -> None:
     """An error of a custom embedder ends the engine for all shards in hand; each is then tried by itself."""
     embedder = FailsOnce(tmp_path, ValueError, always_at="00001")
