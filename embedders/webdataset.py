@@ -210,17 +210,31 @@ def format_index(index: TarIndex, fingerprint: str) -> str:
 
     Spaces and percent signs of names are percent-encoded: DALI splits lines at spaces.
     """
-    lines = [f"v1.2 {len(index.samples)} {INDEX_MARK} tar={quote(fingerprint)} ignored={len(index.ignored)}"]
-    for sample in index.samples:
-        lines.append(" ".join(f"{_quote(c.extension)} {c.offset} {c.size} {_quote(c.name)}" for c in sample.components))
-    return "\n".join(lines) + "\n"
+    lines = [
+        " ".join(f"{_quote(c.extension)} {c.offset} {c.size} {_quote(c.name)}" for c in sample.components)
+        for sample in index.samples
+    ]
+    body = "".join(f"{line}\n" for line in lines)
+    marks = f"{INDEX_MARK} tar={quote(fingerprint)} ignored={len(index.ignored)} crc32={_checksum(body)}"
+    return f"v1.2 {len(index.samples)} {marks}\n{body}"
+
+
+def indexed_samples(head: str, fingerprint: str) -> int | None:
+    """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint."""
+    fields = head.partition("\n")[0].split(" ")
+    mine = len(fields) == 6 and fields[2:4] == [INDEX_MARK, f"tar={quote(fingerprint)}"]
+    return int(fields[1]) if mine and fields[1].isdecimal() else None
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode('utf-8', 'surrogateescape')):08x}"
 
 
 def parse_index(text: str, fingerprint: str) -> TarIndex | None:
     """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged."""
     first, _, body = text.partition("\n")
     head = first.split(" ")
-    if len(head) != 5 or head[2] != INDEX_MARK or head[3] != f"tar={quote(fingerprint)}":
+    if indexed_samples(first, fingerprint) is None or head[5] != f"crc32={_checksum(body)}":
         return None
     samples = []
     try:

@@ -1,4 +1,7 @@
-"""The command line. Exit status 0: every sample is accounted for; 1: some shards failed; 2: the call is wrong."""
+"""The command line.
+
+Exit status 0: every sample is accounted for; 1: some shards failed; 2: the call is wrong; 130 and 143: it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from rich.console import Console
 
 from embedders.errors import InputError
 from flows.config import EmbedConfig
+from flows.interrupt import Terminated, ending_in_time
 
 QUARANTINE_SHOWN = 20
 
@@ -23,6 +27,7 @@ app = App(
     help="Give every image of a WebDataset an embedding, as a new column of its metadata.",
     help_format="plaintext",
     version_flags=[],
+    suppress_keyboard_interrupt=False,
 )
 
 Flag = Annotated[bool, Parameter(negative=())]
@@ -59,9 +64,9 @@ def embed_command(
         _tell(manifest)
     for shard, why in manifest.failures.items():
         print(f"failed: {shard}: {why}", file=sys.stderr)
-    if manifest.shards_failed:
-        print(f"{manifest.shards_failed} shards failed; the same command again does only those", file=sys.stderr)
-    return 1 if manifest.shards_failed else 0
+    if manifest.failures:
+        print(f"{manifest.shards_failed} shards failed; this does only those: {manifest.finish_with}", file=sys.stderr)
+    return 1 if manifest.failures else 0
 
 
 def _hush() -> None:
@@ -105,10 +110,15 @@ def _tell(manifest: Any) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; its exit status."""
     try:
-        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        with ending_in_time():
+            status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, ValidationError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, Terminated) as stop:
+        told = getattr(stop, "__notes__", None) or ["stopped before anything was begun"]
+        print(told[-1], file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
     return status or 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import shlex
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
@@ -76,6 +77,26 @@ class EmbedConfig(BaseModel):
         ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."
     )
     overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
+    fingerprint: Literal["stat", "content"] = Field(
+        "stat", description="What tells tars apart: size and time or etag, or a hash of all their bytes."
+    )
+    verify: bool = Field(False, description="Read all that is done and check it against its checksums first.")
+    shard_timeout: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Seconds after which a shard that does not get on is given up; by default by its size."
+    )
+
+    def command(self) -> str:
+        """The command line that asks for this run, quoted for a shell."""
+        words = ["python", "-m", "flows.embed", self.dataset, "--output", self.output]
+        for name, field in type(self).model_fields.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            if name in {"dataset", "output"} or value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", str(value)]
+        return shlex.join(words)
 
     def merge_options(self) -> MergeOptions:
         """How embeddings join the metadata."""

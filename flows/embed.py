@@ -1,19 +1,26 @@
 """The flow: plan, index, embed, merge, report. And `python -m flows.embed`, its command line."""
 
-from __future__ import annotations
+# Annotations are no text here: Prefect loads the flow of a deployment from this file's path, where text names nothing.
 
+import contextlib
+import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from prefect import flow
+from prefect import State, flow, task
+from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
+from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
 from flows.config import EmbedConfig, OnError
+from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Silent
 from flows.server import has_server, prefect_server
-from flows.work import Work, handed_over, merge_options, prepare, received
+from flows.work import Course, Work, handed_over, merge_options, prepare, received
 from tasks.cluster import choose_workers, main_module_hidden, task_runner
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
@@ -21,17 +28,22 @@ from tasks.index import index_shards
 from tasks.merge import SHARDS_A_TASK as SHARDS_A_MERGE
 from tasks.merge import merge_shards
 from tasks.plan import Plan, group_shards, make_plan
-from tasks.report import Manifest, Spent, account, write_manifest
-from tasks.shards import Shard
+from tasks.report import MANIFEST, Manifest, Spent, account, write_manifest
+from tasks.run_lock import only_run
+from tasks.shards import Shard, intact, sweep
+
+ALONE_IN_VAIN = 8
+"""Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
 
 
 class RunFailed(Exception):
     """Some shards failed after their retries; `manifest` names them. All others are done."""
 
     def __init__(self, manifest: Manifest) -> None:
-        super().__init__(
-            f"{manifest.shards_failed} of {manifest.shards} shards failed; run the same again to finish them"
-        )
+        named = [f"{shard}: {why}" for shard, why in manifest.failures.items()]
+        told = "; ".join([*named[:3], "…"] if len(named) > 3 else named)
+        failed = f"{manifest.shards_failed} of {manifest.shards} shards failed ({told})"
+        super().__init__(f"{failed}; this does them: {manifest.finish_with}")
         self.manifest = manifest
 
 
@@ -58,7 +70,31 @@ def embed_dataset(
 
 
 def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
-    """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run."""
+    """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run.
+
+    :raises KeyboardInterrupt, Terminated: the run was stopped; a note of the exception says how far it came.
+    """
+
+    def lost(why: str) -> None:
+        progress.note(why)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with _alone(config, embedder, lost):
+        return _run(config, embedder, progress)
+
+
+@contextlib.contextmanager
+def _alone(config: EmbedConfig, embedder: ImageEmbedder | None, lost: Callable[[str], None]) -> Iterator[None]:
+    """Be the only run over the output, and leave no half-written file there, of this run or an earlier one."""
+    with only_run(config.output, lock_name(config, embedder), lost):
+        sweep(config.output)
+        try:
+            yield
+        finally:
+            sweep(config.output)
+
+
+def _run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
     work = prepare(config, embedder)
     if work.embedder.notice:
         progress.note(work.embedder.notice)
@@ -68,11 +104,34 @@ def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress)
         write_manifest(manifest)
         progress.found(work.plan)
         return manifest
+    course = Course(len(work.plan.embedded))
     try:
-        with handed_over(work, progress), prefect_server():
+        with handed_over(work, progress, course), prefect_server():
             return embed.with_options(flow_run_name=run_name(config, work))(config)
     except RunFailed as failed:
         return failed.manifest
+    except (KeyboardInterrupt, Terminated) as stop:
+        done = f"{course.embedded} of {len(work.plan.shards)} shards are embedded and stay"
+        stop.add_note(f"stopped: {done}; this goes on: {finish_with(config, work)}")
+        raise
+    except Exception as error:
+        if course.manifest is None:
+            raise
+        progress.note(f"the run is through, but Prefect could not be told ({type(error).__name__}: {error})")
+        return course.manifest
+
+
+def lock_name(config: EmbedConfig, embedder: ImageEmbedder | None) -> str:
+    """What another run over the same output is told that this one is."""
+    model = config.embedder or config.model_name if embedder is None else type(embedder).__name__
+    return f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
+
+
+def finish_with(config: EmbedConfig, work: Work) -> str:
+    """The call that does what a run has left undone."""
+    if work.given:
+        return f"embed_dataset({config.dataset!r}, {config.output!r}, …), as before"
+    return config.model_copy(update={"overwrite": False}).command()
 
 
 def run_name(config: EmbedConfig, work: Work) -> str:
@@ -92,27 +151,65 @@ def embed(config: EmbedConfig) -> Manifest:
 
     :raises RunFailed: some shards failed after their retries; a second run does only those.
     """
-    work, progress = received() or (prepare(config, None), Silent())
+    received_work = received()
+    if received_work is not None:
+        return _embed(config, *received_work)
+    with _alone(config, None, _stop_flow):
+        work = prepare(config, None)
+        return _embed(config, work, Silent(), Course(len(work.plan.embedded)))
+
+
+def _stop_flow(why: str) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course) -> Manifest:
     progress.found(work.plan)
+    if work.plan.embedded:
+        done_before.with_options(task_run_name=f"{len(work.plan.embedded):,} shards done before")(
+            len(work.plan.embedded)
+        )
     workers = choose_workers(work.device, config.workers, len(work.plan.to_embed) or len(work.plan.to_merge))
     failures: dict[str, ShardFailure] = {}
     plan, first = work.plan, 0.0
     if work.anything:
-        with main_module_hidden(), task_runner(work.device, workers, config.scheduler) as runner, progress:
-            first = _embed_all(runner, work, config, workers, progress, failures)
+        with (
+            main_module_hidden(),
+            task_runner(work.device, workers, config.scheduler) as runner,
+            progress,
+            noticing_prefects_signal(),
+        ):
+            first = _embed_all(runner, work, config, workers, progress, course, failures)
             plan = _plan_again(work, config)
             _merge_all(runner, plan, work, config, failures)
+            if damaged := _damaged(plan, failures):
+                _embed_damaged(runner, damaged, work, config, failures)
+                _merge_all(runner, _plan_again(work, config), work, config, failures)
         plan = _plan_again(work, config)
+    left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]}
+    failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
         failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
     fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
     cached = len(work.plan.embedded)
     spent = Spent(time.monotonic() - work.started, first)
-    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh)
-    write_manifest(manifest)
+    again = finish_with(config, work)
+    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again)
+    try:
+        write_manifest(manifest)
+    except OSError as error:
+        note = {MANIFEST: f"could not be written: {error}"}
+        manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
+    course.manifest = manifest
     if manifest.shards_failed:
         raise RunFailed(manifest)
     return manifest
+
+
+@task(name="done-before", cache_policy=NO_CACHE)
+def done_before(shards: int) -> State[int]:
+    """Show the shards that were found done by their key, as one task run."""
+    return Completed(name="Cached", message=f"{shards:,} shards were done before", data=shards)
 
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
@@ -122,12 +219,17 @@ def _plan_again(work: Work, config: EmbedConfig) -> Plan:
 
 
 def _embed_all(
-    runner: Any, work: Work, config: EmbedConfig, workers: int, progress: Progress, failures: dict[str, ShardFailure]
+    runner: Any,
+    work: Work,
+    config: EmbedConfig,
+    workers: int,
+    progress: Progress,
+    course: Course,
+    failures: dict[str, ShardFailure],
 ) -> float:
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
-    bad_fails, images = config.on_error is OnError.RAISE, work.images // workers
-    options = EmbedOptions(config.id_col, work.plan.embedder, work.device, bad_fails, images, config.staging_space)
-    futures = []
+    options = embed_options(config, work, work.images // workers)
+    futures = {}
     for group in group_shards(work.plan.to_embed, workers):
         indexed = []
         parameters: dict[str, Any]
@@ -136,31 +238,87 @@ def _embed_all(
             parameters = {"shards": group, "id_col": config.id_col, "span": span(group), "beside": beside}
             indexed = [runner.submit(index_shards, parameters=parameters)]
         parameters = {"shards": group, "embedder": work.embedder, "options": options, "span": span(group)}
-        futures.append(runner.submit(embed_shards, parameters=parameters, wait_for=indexed))
+        futures[runner.submit(embed_shards, parameters=parameters, wait_for=indexed)] = group
     first = 0.0
     for records in _drain(futures, failures):
         first = first or time.monotonic() - work.started
         progress.embedded(records)
+        course.embedded += len(records)
+    if any(failure.alone for failure in failures.values()):
+        left = [shard for shard in _plan_again(work, config).to_embed if shard.name in failures]
+        _embed_alone(runner, [shard for shard in left if failures[shard.name].alone], work, options, failures)
     return first
+
+
+def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOptions:
+    """What embedding tasks need beside shards and embedder."""
+    return EmbedOptions(
+        config.id_col,
+        work.plan.embedder,
+        work.device,
+        raise_on_bad_image=config.on_error is OnError.RAISE,
+        images=images,
+        staging_space=config.staging_space,
+        verify=config.verify,
+        shard_timeout=config.shard_timeout,
+    )
+
+
+def _embed_alone(
+    runner: Any, shards: Sequence[Shard], work: Work, options: EmbedOptions, failures: dict[str, ShardFailure]
+) -> None:
+    """Try shards once more whose failure may be another one's: each by itself, so that it is nobody else's this time.
+
+    One after the other: what is assigned to a worker that dies counts as having had a part in it.
+    """
+    in_vain = 0
+    for shard in shards:
+        if in_vain == ALONE_IN_VAIN:
+            return
+        del failures[shard.name]
+        parameters = {"shards": (shard,), "embedder": work.embedder, "options": options, "span": span([shard])}
+        for _ in _drain({runner.submit(embed_shards, parameters=parameters): (shard,)}, failures):
+            pass
+        in_vain = in_vain + 1 if shard.name in failures else 0
+
+
+def _damaged(plan: Plan, failures: Mapping[str, ShardFailure]) -> list[Shard]:
+    """The shards that could not be merged because their embeddings, whole by their footer, have a damaged page."""
+    failed = [shard for shard in plan.to_merge if shard.name in failures]
+    return [shard for shard in failed if not intact(shard.target, shard.embeddings_file)]
+
+
+def _embed_damaged(
+    runner: Any, shards: Sequence[Shard], work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]
+) -> None:
+    """Embed shards again that look done."""
+    options = replace(embed_options(config, work), verify=True)
+    futures = {}
+    for shard in shards:
+        del failures[shard.name]
+        parameters = {"shards": (shard,), "embedder": work.embedder, "options": options, "span": span([shard])}
+        futures[runner.submit(embed_shards, parameters=parameters)] = (shard,)
+    for _ in _drain(futures, failures):
+        pass
 
 
 def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:
     """Join every embedded shard whose merged file is missing or old."""
     options = merge_options(config, work.embedder)
     backend = "cudf" if work.device == "cuda" else "pandas"
-    futures = []
+    futures = {}
     for start in range(0, len(plan.to_merge), SHARDS_A_MERGE):
         group = plan.to_merge[start : start + SHARDS_A_MERGE]
         parameters = {"shards": group, "options": options, "backend": backend, "span": span(group)}
-        futures.append(runner.submit(merge_shards, parameters=parameters))
+        futures[runner.submit(merge_shards, parameters=parameters)] = group
     for _ in _drain(futures, failures):
         pass
 
 
-def _drain(futures: list[Any], failures: dict[str, ShardFailure]) -> Iterator[Any]:
-    """The results of futures as they finish. A failed one is noted and stops none of the others."""
+def _drain(futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]) -> Iterator[Any]:
+    """The results of futures as they finish. A failed one is noted for its shards and stops none of the others."""
     future: Any  # Prefect's type knows nothing of the Dask future inside
-    for future in as_completed(futures):
+    for future in as_completed(list(futures)):
         error: BaseException | None = None
         try:
             result = future.result()
@@ -172,7 +330,8 @@ def _drain(futures: list[Any], failures: dict[str, ShardFailure]) -> Iterator[An
         elif isinstance(error, ShardsFailed):
             failures.update({failure.shard: failure for failure in error.failures})
         else:
-            failures[f"task {future.task_run_id}"] = ShardFailure.of(f"task {future.task_run_id}", error)
+            for shard in futures[future]:  # its worker died, or Prefect could not run it
+                failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
 
 
 def span(shards: Sequence[Shard]) -> str:

@@ -17,7 +17,8 @@ from flows.progress import Progress
 from tasks.cluster import check_scheduler, choose_device
 from tasks.index import check_metadata, open_local
 from tasks.plan import MergeOptions, Plan, make_plan
-from tasks.shards import Shard, digest, find_shards
+from tasks.report import Manifest
+from tasks.shards import Shard, digest, find_shards, with_content_fingerprints
 from tasks.storage import Folder
 
 CHECKED_TARS = 8
@@ -37,11 +38,21 @@ class Work:
     images: int
     """About how many there are to embed."""
     started: float
+    given: bool = False
+    """Whether the embedder was given as an object, which no command line can."""
 
     @property
     def anything(self) -> bool:
         """Whether a shard is left to embed or to merge."""
         return bool(self.plan.to_embed or self.plan.to_merge)
+
+
+@dataclass
+class Course:
+    """How far a run has come, for whoever has to tell if it is stopped: its done shards, and its account at the end."""
+
+    embedded: int
+    manifest: Manifest | None = None
 
 
 def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
@@ -55,7 +66,10 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     target.check_writable()
     if config.scheduler:
         check_scheduler(config.scheduler)
+    if config.fingerprint == "content":
+        shards = with_content_fingerprints(shards)
     device = "auto" if config.scheduler else choose_device(config.device)
+    given = embedder is not None
     embedder = embedder if embedder is not None else config.build_embedder()
     fingerprint = embedder.fingerprint()
     try:
@@ -65,13 +79,14 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
             merge_options(config, embedder),
             overwrite=config.overwrite,
             accepts=embedder.accepts,
+            verify=config.verify,
         )
     except OSError as error:
         target.refuse(error)
     if plan.to_embed:
         embedder.check()
     images = _check_inputs(plan.to_embed, config, embedder.image_component)
-    return Work(embedder, fingerprint, device, plan, images, started)
+    return Work(embedder, fingerprint, device, plan, images, started, given)
 
 
 def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
@@ -114,22 +129,22 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
 
-_handed_over: ContextVar[tuple[Work, Progress] | None] = ContextVar("handed_over", default=None)
+_handed_over: ContextVar[tuple[Work, Progress, Course] | None] = ContextVar("handed_over", default=None)
 
 
 @contextlib.contextmanager
-def handed_over(work: Work, progress: Progress) -> Iterator[None]:
+def handed_over(work: Work, progress: Progress, course: Course) -> Iterator[None]:
     """Let the flow that is called in this block receive what it starts from.
 
     An embedder object and a terminal are no parameters that Prefect could store, and planning twice costs time.
     """
-    token = _handed_over.set((work, progress))
+    token = _handed_over.set((work, progress, course))
     try:
         yield
     finally:
         _handed_over.reset(token)
 
 
-def received() -> tuple[Work, Progress] | None:
+def received() -> tuple[Work, Progress, Course] | None:
     """What was handed over to the flow that runs, if anything was."""
     return _handed_over.get()

@@ -19,6 +19,9 @@ LOOPBACK = "127.0.0.1"
 TASKS_A_WORKER = 2
 """Task threads of a worker: while one task's shards are computed, the next one is under way (see tasks/worker.py)."""
 
+DEATHS_FORGIVEN = 1
+"""Workers that may die over a task before it fails. Its shards are then tried one by one, and each may do so again."""
+
 
 def count_gpus() -> int:
     """GPUs that this process may use, without opening a CUDA context."""
@@ -150,9 +153,10 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
         "device_memory_limit": 0,
         "memory_limit": 0,
         "rmm_pool_size": None,
+        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": 40,
+        "silence_logs": 50,
     }
 
 
@@ -162,10 +166,11 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
         "n_workers": workers,
         "threads_per_worker": TASKS_A_WORKER,
         "processes": True,
+        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
         "memory_limit": 0,
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": 40,
+        "silence_logs": 50,
         "env": _threads(max(1, available_cores() // workers)) | {"CUDA_VISIBLE_DEVICES": ""},
     }
 

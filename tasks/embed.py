@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import task
+from prefect import State, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
 from embedders.engine import EmbeddedShard, QuarantinedSample
@@ -23,8 +25,18 @@ from embedders.webdataset import OpenShard, map_tar
 from tasks.aside import aside
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import describe_local
-from tasks.shards import EmbeddingRecord, Shard, embedding_key, read_embedding_record, with_record
+from tasks.shards import (
+    EmbeddingRecord,
+    Shard,
+    account_agrees,
+    check_unchanged,
+    embedding_key,
+    intact,
+    read_embedding_record,
+    with_record,
+)
 from tasks.staging import SPACE, Stage
+from tasks.watch import Limit, Watch, end_this_worker
 from tasks.worker import shared_engine
 
 ROWS_A_GROUP = 8192
@@ -38,7 +50,8 @@ class EmbedOptions:
     `fingerprint` is the digest of the embedder's fingerprint as the planner took it: a worker cannot take it again,
     since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
     how many each worker will see in the whole run, 0 where that is not known. `staging_space` bytes on the worker's
-    disk hold tars of a store.
+    disk hold tars of a store. `verify` has what is done already read and checked against its checksums.
+    `shard_timeout` is in seconds, None for what follows from a shard's size.
     """
 
     id_col: str
@@ -47,6 +60,11 @@ class EmbedOptions:
     raise_on_bad_image: bool = False
     images: int = 0
     staging_space: int = SPACE
+    verify: bool = False
+    shard_timeout: float | None = None
+
+
+_watch = Watch()
 
 
 def resolve_device(device: str) -> str:
@@ -63,11 +81,26 @@ def embed_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: Embed
 
     :raises ShardsFailed: some shards failed; all others are written.
     """
+    return _run_group(shards, embedder, options).records
+
+
+def _run_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions) -> _GroupRun:
+    """Run a group in a thread, and watch it from this one.
+
+    :raises ShardsFailed: some shards failed, or hang.
+    """
     run = _GroupRun(embedder, options)
-    run.go(shards)
+    thread = threading.Thread(target=run.go, args=(shards,), name="group", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1)
+        waited = _watch.overdue(run.limit.base)
+        if waited is not None and thread.is_alive():
+            end_this_worker()
+            raise ShardsFailed(run.hung(shards, waited))
     if run.failures:
         raise ShardsFailed(list(run.failures.values()))
-    return run.records
+    return run
 
 
 class _GroupRun:
@@ -76,6 +109,8 @@ class _GroupRun:
     def __init__(self, embedder: ImageEmbedder, options: EmbedOptions) -> None:
         self.embedder = embedder
         self.options = options
+        self.limit = Limit(resolve_device(options.device), options.shard_timeout)
+        self.found = 0  # shards that were done before
         self.records: list[EmbeddingRecord] = []
         self.done: set[str] = set()
         self.decoding: ImageEmbedder = embedder
@@ -88,9 +123,9 @@ class _GroupRun:
         with stage, ThreadPoolExecutor(1, "write") as writer:
             writes: list[Future[None]] = []
             try:
-                device = resolve_device(self.options.device)
+                options, device = self.options, self.limit.device
                 with (
-                    shared_engine(self.embedder, self.options.fingerprint, device, self.options.images) as engine,
+                    shared_engine(self.embedder, options.fingerprint, device, options.images) as engine,
                     contextlib.closing(self._opened(stage)) as opened,
                 ):
                     self.decoding = engine.embedder
@@ -111,15 +146,20 @@ class _GroupRun:
             if done is None:
                 yield shard
             else:
+                self.found += 1
                 self._note(shard, done)
 
     def _opened(self, stage: Stage) -> Generator[OpenShard]:
         for tar in stage:
             shard, stack = tar.shard, contextlib.ExitStack()
             stack.callback(tar.release)
+            stack.callback(_watch.leave, shard.name)
+            _watch.take(shard.name, self.limit.of(shard.tar_bytes, 0))
             try:
                 path = tar.path()
                 opened = self._describe(shard, path)
+                check_unchanged(shard)
+                _watch.take(shard.name, self.limit.of(shard.tar_bytes, len(opened.ids)))
                 opened.read_ahead()
             except Exception as error:
                 stack.close()
@@ -132,8 +172,7 @@ class _GroupRun:
         """The shard, mapped; a GPU's thread must not wait for the Python that reads headers and ids."""
         component, id_col = self.embedder.image_component, self.options.id_col
         args = shard, path, id_col, self.embedder.use_index_files, component
-        on_gpu = resolve_device(self.options.device) == "cuda"
-        samples = aside(describe_local, *args) if on_gpu else describe_local(*args)
+        samples = aside(describe_local, *args) if self.limit.device == "cuda" else describe_local(*args)
         return OpenShard(path, map_tar(path), samples, id_col, component)
 
     def _done_before(self, shard: Shard) -> EmbeddingRecord | None:
@@ -141,8 +180,9 @@ class _GroupRun:
         record = read_embedding_record(shard.target, shard.embeddings_file)
         if record is None or record.key != embedding_key(shard, self.options.fingerprint, self.options.id_col):
             return None
-        listed = not record.quarantined or shard.target.has(shard.quarantine_file)
-        return record if listed and self.embedder.accepts(record.decoder) else None
+        if not self.embedder.accepts(record.decoder) or not account_agrees(shard, record):
+            return None
+        return record if not self.options.verify or intact(shard.target, shard.embeddings_file) else None
 
     def _write(self, embedded: EmbeddedShard) -> None:
         shard, stack = self._open.pop(embedded.shard.path)
@@ -153,6 +193,7 @@ class _GroupRun:
                     raise MalformedShard(
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
+                check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
                 self._note(shard, write_embeddings(shard, embedded, self.decoding, self.options.fingerprint))
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
@@ -166,7 +207,21 @@ class _GroupRun:
             stack.close()
         for shard in shards:
             if shard.name not in self.failures and shard.name not in self.done:
-                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+                self.failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
+
+    def hung(self, shards: Sequence[Shard], waited: float) -> list[ShardFailure]:
+        """The failures of a group that does not get on, with what can be tried apart from the others."""
+        found = dict(self.failures)
+        for shard in shards:
+            if shard.name in self.done or shard.name in found:
+                continue
+            why = (
+                f"hangs: nothing got on for {waited:.0f} s, the limit for its size; --shard-timeout sets another"
+                if _watch.holds(shard.name)
+                else "waited behind a shard that hangs"
+            )
+            found[shard.name] = ShardFailure(shard.name, why, transient=False, alone=True)
+        return list(found.values())
 
 
 def write_embeddings(
@@ -190,7 +245,7 @@ def write_embeddings(
         raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")
     if embedded.quarantined:
         table = quarantine_table(embedded.quarantined)
-        shard.target.write(shard.quarantine_file, lambda path: pq.write_table(table, path, compression="zstd"))
+        shard.target.write(shard.quarantine_file, lambda path: write_quarantine(table, path))
     else:
         shard.target.remove(shard.quarantine_file)
     column = embedder.image_embedding_column
@@ -238,6 +293,11 @@ def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:
     return pa.table({name: pa.array([getattr(s, name) for s in samples], pa.string()) for name in names})
 
 
+def write_quarantine(table: pa.Table, path: str) -> None:
+    """Write a quarantine with checksums."""
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+
 def versions() -> dict[str, str]:
     """The versions of what makes the vectors."""
     names = ("torch", "timm", "nvidia-dali-cuda120", "pillow", "pyarrow")
@@ -256,6 +316,7 @@ def versions() -> dict[str, str]:
 )
 def embed_shards(
     shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
-) -> list[EmbeddingRecord]:
-    """Embed a group of shards; see `embed_group`."""
-    return embed_group(shards, embedder, options)
+) -> list[EmbeddingRecord] | State[list[EmbeddingRecord]]:
+    """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
+    run = _run_group(shards, embedder, options)
+    return Completed(name="Cached", data=run.records) if run.found == len(shards) else run.records

@@ -18,14 +18,21 @@ class ShardFailure:
     shard: str
     error: str
     transient: bool
+    alone: bool = False
+    """Whether to try the shard once more, in a task of its own: it may have been failed by another one."""
 
     @classmethod
     def of(cls, shard: str, error: BaseException) -> ShardFailure:
         """The failure that an exception stands for."""
         text = " ".join(str(error).split())
         kind = type(error).__name__
+        if kind == "KilledWorker":  # Dask's, whose text is about its own settings
+            text = "its worker died whenever it was tried: out of memory, or a crash in native code; see its log"
+            return cls(shard, text, False)
         return cls(
-            shard, text if text and kind in {"InputError", "MalformedShard"} else f"{kind}: {text}", passes(error)
+            shard,
+            text if text and kind in {"InputError", "MalformedShard", "ShardReplaced"} else f"{kind}: {text}",
+            passes(error),
         )
 
 

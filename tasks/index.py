@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import get_run_logger, task
+from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
 
 from embedders.errors import InputError
 from embedders.webdataset import (
@@ -17,13 +18,14 @@ from embedders.webdataset import (
     canonical_id,
     describe,
     format_index,
+    indexed_samples,
     map_tar,
     open_shard,
     parse_index,
     read_tar,
 )
 from tasks.aside import aside
-from tasks.shards import Shard
+from tasks.shards import Shard, check_unchanged
 
 
 def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
@@ -32,12 +34,14 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
     :param path: the tar on the local disk.
     :param keep: whether indexes are kept in the output.
     :raises MalformedShard: the tar is damaged.
+    :raises ShardReplaced: the tar is not the one the run began with; its index is not kept.
     """
     kept = shard.target.read_text(shard.index_file) if keep else None
     index = parse_index(kept, shard.tar_fingerprint) if kept is not None else None
     if index is None:
         index = read_tar(map_tar(path), shard.tar)
         if keep:
+            check_unchanged(shard)
             shard.target.write_text(shard.index_file, format_index(index, shard.tar_fingerprint))
     return index
 
@@ -108,8 +112,8 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) 
     task_run_name="index {span}",
     cache_policy=NO_CACHE,  # the index file is the cache
 )
-def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool = False) -> int:
-    """Index local shards and check their metadata; the number of samples found.
+def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool = False) -> int | State[int]:
+    """Index local shards and check their metadata; the number of samples found, `Cached` if all were indexed before.
 
     With `beside` the worker's side process does it, so that a GPU need not wait for this thread.
 
@@ -117,6 +121,7 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool =
     shards beside it must not wait for a task that failed.
     """
     samples, logger = 0, get_run_logger()
+    cached = all(indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint) is not None for s in shards)
     for shard in shards:
         try:
             found, ignored = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
@@ -125,4 +130,4 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool =
                 logger.info("%s: %d members are no samples, such as %s", shard.tar, len(ignored), ignored[0])
         except Exception as error:
             logger.warning("%s: %s", shard.name, error)
-    return samples
+    return Completed(name="Cached", data=samples) if cached else samples

@@ -12,14 +12,17 @@ from tasks.shards import (
     Footer,
     MergeRecord,
     Shard,
+    account_agrees,
     embedding_key,
     embedding_record,
+    intact,
     merge_key,
     merge_record,
     read_footers,
 )
-from tasks.storage import Folder
+from tasks.storage import Folder, in_bulk
 
+R = TypeVar("R")
 T = TypeVar("T")
 MAX_TASKS = 400
 SHARDS_A_TASK = 32
@@ -70,15 +73,19 @@ def make_plan(
     *,
     overwrite: bool = False,
     accepts: Callable[[str], bool] = lambda decoder: True,
+    verify: bool = False,
 ) -> Plan:
     """Read what the output holds of these shards.
 
+    A shard's embeddings count as done if their footer opens, its key is the one expected, and its counts agree with
+    the file's rows, the quarantine and the index.
+
     :param embedder: the digest of the embedder's fingerprint.
     :param accepts: whether a shard that a decoder decoded counts as done.
+    :param verify: whether to read every page of what looks done and check it against its checksum.
     :raises InputError: the output was made with another embedder and `overwrite` is not set.
     """
     target = shards[0].target
-    quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(".parquet")}
     embedded: dict[str, EmbeddingRecord] = {}
     for shard, record in zip(shards, _records(shards, "embeddings", embedding_record), strict=True):
         if record is None:
@@ -88,15 +95,26 @@ def make_plan(
                 f"{target.url} holds embeddings of another model or setting (see its manifest.json); "
                 "give another --output, or --overwrite to replace them"
             )
-        listed = not record.quarantined or f"{shard.name}.parquet" in quarantined
-        if record.key == embedding_key(shard, embedder, options.id_col) and listed and accepts(record.decoder):
+        if record.key == embedding_key(shard, embedder, options.id_col) and accepts(record.decoder):
             embedded[shard.name] = record
+    embedded = _only(shards, embedded, lambda shard: account_agrees(shard, embedded[shard.name]))
+    if verify:
+        embedded = _only(shards, embedded, lambda shard: intact(target, shard.embeddings_file))
     merged: dict[str, MergeRecord] = {}
     for shard, done in zip(shards, _records(shards, "metadata", merge_record), strict=True):
         record = embedded.get(shard.name)
         if done and record and done.key == merge_key(shard, record.version, options.as_dict()):
             merged[shard.name] = done
+    if verify:
+        merged = _only(shards, merged, lambda shard: intact(target, shard.merged_file))
     return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
+
+
+def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
+    """The records of the shards for which something holds that has to be read from their files."""
+    asked = [shard for shard in shards if shard.name in records]
+    answers = in_bulk(holds, asked)
+    return {shard.name: records[shard.name] for shard, answer in zip(asked, answers, strict=True) if answer}
 
 
 def _records(shards: Sequence[Shard], kind: str, record: Callable[[Footer | None], T]) -> list[T]:

@@ -46,18 +46,26 @@ class Manifest(BaseModel):
     rows_without_embedding: int = 0
     embeddings_without_row: int = 0
     failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
+    finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
     decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
     versions: dict[str, str] = {}
 
 
 def account(
-    plan: Plan, cached: int, failures: Sequence[ShardFailure], embedder: Mapping[str, Any], spent: Spent, fresh: int
+    plan: Plan,
+    cached: int,
+    failures: Sequence[ShardFailure],
+    embedder: Mapping[str, Any],
+    spent: Spent,
+    fresh: int,
+    finish_with: str = "",
 ) -> Manifest:
     """The manifest of a plan read after the work.
 
     :param cached: shards that were done before.
     :param fresh: samples embedded or quarantined by this run.
+    :param finish_with: the call that does what failed.
     """
     records, merges = list(plan.embedded.values()), list(plan.merged.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
@@ -79,6 +87,7 @@ def account(
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),
         failures={failure.shard: failure.error for failure in failures},
+        finish_with=finish_with if failures else "",
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         versions=records[0].versions if records else {},

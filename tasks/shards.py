@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from tasks.storage import FileInfo, Folder
+from embedders.webdataset import indexed_samples
+from tasks.storage import FileInfo, Folder, in_bulk
 
 FORMAT = 1
 """Version of what embeddings files hold; part of every key, so a change makes them again."""
@@ -32,7 +33,11 @@ Footer: TypeAlias = pq.FileMetaData
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending."""
+    """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending.
+
+    `tar_fingerprint` goes into keys. `tar_listed` is what the store said of the tar when the run began, where that is
+    something else.
+    """
 
     name: str
     dataset: str
@@ -40,6 +45,7 @@ class Shard:
     tar_bytes: int
     tar_fingerprint: str
     metadata_fingerprint: str | None
+    tar_listed: str | None = None
 
     @property
     def source(self) -> Folder:
@@ -142,6 +148,43 @@ def find_shards(dataset: str, output: str) -> list[Shard]:
     return shards
 
 
+def with_content_fingerprints(shards: Sequence[Shard]) -> list[Shard]:
+    """The same shards, each identified by a hash of its tar's bytes; reads every tar whole."""
+
+    def hashed(shard: Shard) -> Shard:
+        return replace(shard, tar_fingerprint=content_fingerprint(shard), tar_listed=shard.tar_fingerprint)
+
+    return in_bulk(hashed, shards)
+
+
+def content_fingerprint(shard: Shard) -> str:
+    """BLAKE2b of a tar's bytes."""
+    with shard.source.local_copy(shard.tar) as path, open(path, "rb") as file:
+        return "blake2b-" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sweep(output: str) -> None:
+    """Take away what writers that were killed have left in an output. Nobody may write there meanwhile."""
+    for kind in ("embeddings", "index", "metadata", "quarantine"):
+        Folder(f"{output.rstrip('/')}/{kind}").sweep()
+
+
+class ShardReplaced(Exception):
+    """A tar is another one than when the run began. Its shard fails by name; the next run takes it as it is then."""
+
+
+def check_unchanged(shard: Shard) -> None:
+    """Prove that a tar is still the one the run began with, by what its store says of it.
+
+    :raises ShardReplaced: it is another one, or gone.
+    """
+    listed = shard.tar_listed or shard.tar_fingerprint
+    if not shard.source.is_local and "-" not in listed:
+        return  # a store that lists no times and no etags
+    if shard.source.fingerprint(shard.tar) != listed:
+        raise ShardReplaced(f"{shard.tar} was replaced or removed while the run went on; run again")
+
+
 def digest(value: Any) -> str:
     """32 hexadecimal digits that identify a plain JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -149,8 +192,12 @@ def digest(value: Any) -> str:
 
 
 def embedding_key(shard: Shard, embedder: str, id_col: str) -> str:
-    """What a shard's embeddings are a pure function of: the tar's content and the embedder's digest."""
-    return digest({"tar": shard.tar_fingerprint, "embedder": embedder, "id": id_col, "format": FORMAT})
+    """What a shard's embeddings are a pure function of: the tar's content and the embedder's digest.
+
+    The name is in it too: two tars of one size and time are told apart, and so are their outputs if they are swapped.
+    """
+    parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "embedder": embedder, "id": id_col}
+    return digest(parts | {"format": FORMAT})
 
 
 def merge_key(shard: Shard, embedding: str, options: dict[str, Any]) -> str:
@@ -181,6 +228,36 @@ def embedding_record(footer: Footer | None) -> EmbeddingRecord | None:
         record = EmbeddingRecord(**found[0]) if found else None
         return record if found and record and record.balanced and record.embedded == found[1] else None
     except (AttributeError, TypeError):  # written by another version, or foreign
+        return None
+
+
+def account_agrees(shard: Shard, record: EmbeddingRecord) -> bool:
+    """Whether the quarantine and the index beside an embeddings file tell of as many samples as its record."""
+    quarantined = sum(record.quarantined.values())
+    if quarantined and _count_rows(shard.target, shard.quarantine_file) != quarantined:
+        return False
+    samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint)
+    return samples is None or samples == record.samples
+
+
+def intact(folder: Folder, name: str) -> bool:
+    """Whether every page of a Parquet file can be read and has the checksum it was written with."""
+    try:
+        with folder.open(name) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            for group in range(parquet.num_row_groups):
+                parquet.read_row_group(group)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def _count_rows(folder: Folder, name: str) -> int | None:
+    """A Parquet file's rows by its footer; None where it does not open."""
+    try:
+        with folder.open(name) as file:
+            return int(pq.read_metadata(file).num_rows)
+    except (OSError, pa.ArrowException):
         return None
 
 

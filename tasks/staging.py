@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from embedders.errors import MalformedShard
 from tasks.scratch import scratch
-from tasks.shards import Shard
+from tasks.shards import Shard, check_unchanged
 
 SPACE = 8 << 30
 """Bytes on a worker's disk that tars of a store take by default."""
@@ -65,7 +64,7 @@ class StagedTar:
         """Its path, once it is there, whole and verified.
 
         :raises OSError: the store did not give it, or the disk is full.
-        :raises MalformedShard: it is no longer the tar that the run was planned for.
+        :raises ShardReplaced: it is no longer the tar that the run was planned for.
         """
         return self.coming.result()
 
@@ -220,8 +219,7 @@ def _write_at(handle: int, data: bytes, at: int) -> None:
 
 def _verify(shard: Shard, path: str) -> None:
     """Prove that a downloaded tar is whole, and still what the store holds and the run was planned for."""
-    size, now = os.path.getsize(path), shard.source.info(shard.tar)
-    if now.fingerprint != shard.tar_fingerprint:
-        raise MalformedShard(f"{shard.dataset}/{shard.tar}: it was replaced while the run went on; run again")
+    check_unchanged(shard)
+    size = os.path.getsize(path)
     if size != shard.tar_bytes:
         raise OSError(f"{shard.dataset}/{shard.tar}: {size:,} bytes came of {shard.tar_bytes:,}")

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +43,8 @@ OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "hf", 
 
 READ_ONLY = frozenset({"http", "https"})
 WALKED = frozenset({"file", "local", "memory", "http", "https"})
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""The name of a file on a disk that is not whole yet."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,13 @@ class Folder:
         info = self._ask(self.fs.info, self.path(name))
         return FileInfo(name, int(info.get("size") or 0), _fingerprint(info))
 
+    def fingerprint(self, name: str) -> str | None:
+        """What `list` says of a file's content, asked again for this file alone; None if it is not there."""
+        try:
+            return self.info(name).fingerprint
+        except FileNotFoundError:
+            return None
+
     def open(self, name: str) -> Any:
         """Open a file for reading bytes at any place; one in a store is read whole, in one request."""
         if self.is_local:
@@ -235,6 +245,13 @@ class Folder:
                 return b""
             raise
 
+    def read_head(self, name: str, size: int = 512) -> str:
+        """The first bytes of a text; nothing if it is not there."""
+        try:
+            return self.read_range(name, 0, size).decode("utf-8", "replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
     def write(self, name: str, save: Callable[[str], None]) -> None:
         """Write a file whole or not at all.
 
@@ -271,6 +288,14 @@ class Folder:
             with contextlib.suppress(Exception):
                 self.fs.rm_file(temporary)
             raise
+
+    def sweep(self) -> None:
+        """Take away what writers that were killed have left on a disk. Nobody may write meanwhile."""
+        if not self.is_local:
+            return
+        for path in Path(self.path("")).rglob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -31,6 +32,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def processes_with(variable: str) -> list[tuple[int, str]]:
+    """The id and command of all processes, children of children too, that have inherited an environment variable."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((int(process.name), (process / "cmdline").read_text()))
+    return found
 
 
 @dataclass(frozen=True)

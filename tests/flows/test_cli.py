@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import shutil
 import tarfile
@@ -16,6 +15,8 @@ import pytest
 
 from flows.cli import main
 from flows.demo_data import load_photograph
+
+from .conftest import processes_with
 
 TINY = ("--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu")
 
@@ -121,16 +122,6 @@ def test_wrong_options(
     capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, arguments: list[str], says: str
 ) -> None:
     assert says in fails(capsys, tmp_path / "out", dataset, *arguments)
-
-
-def processes_with(variable: str) -> list[str]:
-    """The commands of all processes, children of children too, that have inherited an environment variable."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_text())
-    return found
 
 
 def test_json_is_all_there_is_on_stdout(command: Callable[..., Any], dataset: Path, tmp_path: Path) -> None:

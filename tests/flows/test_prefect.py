@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from flows.embed import embed_dataset
@@ -21,17 +25,19 @@ TINY = "test_vit.r160_in1k"
 
 
 class FailsOnce(ImageEmbedder):
-    """Fails the first time it opens each shard, with an error that passes or with one that does not."""
+    """Fails the first time it opens each shard, with an error that passes or with one that does not; or always, at
+    shards whose names begin with something."""
 
-    def __init__(self, folder: Path, error: type[Exception]) -> None:
+    def __init__(self, folder: Path, error: type[Exception], always_at: str | None = None) -> None:
         self.folder = folder
         self.error = error
+        self.always_at = always_at
 
     def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         from embedders.webdataset import open_shard
 
         mark = self.folder / Path(tar_path).name
-        if not mark.exists():
+        if not mark.exists() if self.always_at is None else mark.name.startswith(self.always_at):
             mark.touch()
             raise self.error("the first time")
         for sample_id in open_shard(tar_path).ids:
@@ -70,15 +76,124 @@ def test_what_can_pass_is_tried_again(server: str, demo_dataset: Path, tmp_path:
     manifest = embed_dataset(str(demo_dataset), str(tmp_path / "out"), embedder, device="cpu", workers=2)
     assert (manifest.shards_failed, manifest.embedded) == (0, 256)  # this one looks at no image
     runs = task_runs("embed demo-data with FailsOnce")
-    assert {run.run_count for run in runs if run.name.startswith("embed")} == {2}
+    # A worker's shards share one engine: a shard may also have to wait for the second try of another.
+    assert {run.run_count for run in runs if run.name.startswith("embed")} <= {2, 3}
 
 
 def test_what_cannot_pass_is_not_tried_again(server: str, demo_dataset: Path, tmp_path: Path) -> None:
-    embedder = FailsOnce(tmp_path, ValueError)
+    embedder = FailsOnce(tmp_path, ValueError, always_at="")
     manifest = embed_dataset(str(demo_dataset), str(tmp_path / "out"), embedder, device="cpu", workers=2)
     assert set(manifest.failures) == {f"0000{i}" for i in range(4)}
     assert manifest.failures["00000"] == "ValueError: the first time"
     assert {run.run_count for run in task_runs("embed demo-data with FailsOnce") if run.name[:5] == "embed"} == {1}
+
+
+@pytest.mark.chaos
+def test_what_one_shard_does_to_another_is_undone(server: str, demo_dataset: Path, tmp_path: Path) -> None:
+    """An error of a custom embedder ends the engine for all shards in hand; each is then tried by itself."""
+    embedder = FailsOnce(tmp_path, ValueError, always_at="00001")
+    manifest = embed_dataset(str(demo_dataset), str(tmp_path / "out"), embedder, device="cpu", workers=1)
+    assert manifest.failures == {"00001": "ValueError: the first time"}
+    assert manifest.samples == 3 * 64
+    assert manifest.finish_with.startswith("embed_dataset(")
+
+
+def test_what_was_done_shows_as_cached(server: str, demo_dataset: Path, tmp_path: Path) -> None:
+    """Prefect shows what the files say, by the same key: of outputs that are gone or damaged, nothing is cached."""
+    output = tmp_path / "out"
+
+    def states() -> list[tuple[str, str]]:
+        embed_dataset(str(demo_dataset), str(output), TimmImageEmbedder(TINY, pretrained=False), device="cpu")
+        return sorted((run.name, run.state.name) for run in task_runs(f"embed demo-data with {TINY}"))
+
+    assert {state for _, state in states()} == {"Completed"}
+    assert states() == [("4 shards done before", "Cached")]
+    (output / "embeddings/00001.parquet").unlink()
+    damaged = output / "embeddings/00002.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[9000] ^= 1  # in a vector: the footer still opens
+    damaged.write_bytes(content)
+    (output / "metadata/00002.parquet").unlink()
+    assert states() == [
+        ("3 shards done before", "Cached"),
+        ("embed 00001", "Completed"),
+        ("embed 00002", "Completed"),
+        ("index 00001", "Cached"),
+        ("merge 00002", "Completed"),
+        ("merge 00002", "Failed"),
+    ]
+    assert states() == [("4 shards done before", "Cached")]
+
+
+def served(server: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that runs the flow when the API says so, as a deployment is run."""
+    code = "from flows.embed import embed; embed.serve(name='nightly')"
+    environment = {**os.environ, "PREFECT_API_URL": server, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    with (folder / "serve.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+async def finished(flow_run_id: Any, count: int, seconds: float = 180) -> Any:
+    """A flow run once it has ended for the count-th time."""
+    async with get_client() as client:
+        for _ in range(int(seconds * 2)):
+            run = await client.read_flow_run(flow_run_id)
+            if run.state and run.state.is_final() and run.run_count >= count:
+                return run
+            await asyncio.sleep(0.5)
+    raise TimeoutError(run.state)
+
+
+async def start_deployed(config: dict[str, Any]) -> Any:
+    """Start the deployment; the id of its flow run."""
+    async with get_client() as client:
+        for _ in range(120):
+            try:
+                deployment = await client.read_deployment_by_name("embed/nightly")
+                break
+            except ObjectNotFound:
+                await asyncio.sleep(0.5)
+        return (await client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})).id
+
+
+async def retry(flow_run_id: Any) -> None:
+    """What the Retry button of the UI does."""
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_run_id, AwaitingRetry(), force=True)
+
+
+@pytest.mark.chaos
+def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_path: Path) -> None:
+    dataset, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(demo_dataset, dataset)
+    whole = (dataset / "00001.tar").read_bytes()
+    (dataset / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    config = {"dataset": str(dataset), "output": str(output), "model_name": TINY, "pretrained": False, "device": "cpu"}
+    process = served(server, tmp_path)
+    try:
+        flow_run = asyncio.run(start_deployed(config))
+        run = asyncio.run(finished(flow_run, 1))
+        assert run.state.is_failed()
+        assert "00001.tar: cut short" in run.state.message
+        before = {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
+        assert set(before) == {"00000.parquet", "00002.parquet", "00003.parquet"}
+        (dataset / "00001.tar").write_bytes(whole)
+        asyncio.run(retry(flow_run))
+        assert asyncio.run(finished(flow_run, 2)).state.is_completed()
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+    after = {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
+    assert after.keys() - before.keys() == {"00001.parquet"}
+    assert {name: after[name] for name in before} == before
+    assert not (output / "run.lock").exists()
 
 
 @pytest.fixture

@@ -101,10 +101,34 @@ def test_a_second_call_changes_nothing(make_shard: MakeShard, tiny: TimmImageEmb
     assert files(shards[0].target) == before
 
 
+def renamed(shard: Shard, fingerprint: str) -> Shard:
+    """The same tar under another fingerprint."""
+    return replace(shard, tar_fingerprint=fingerprint, tar_listed=shard.tar_fingerprint)
+
+
+def test_a_tar_that_was_replaced_fails_by_name(make_shard: MakeShard) -> None:
+    shards = [make_shard("0"), make_shard("1")]
+    make_shard("1", keys=("x", "y"), z__txt=bytes(100_000))
+    assert list(failures(shards, Lengths())) == ["1"]
+    assert "embeddings/1.parquet" not in files(shards[0].target)
+
+
+def test_a_tar_that_is_replaced_while_it_is_read_fails_by_name(make_shard: MakeShard) -> None:
+    shard = make_shard("0")
+
+    class Replaces(Lengths):
+        def load_dataset_shard(self, tar_path: str) -> Any:
+            os.utime(tar_path, (1, 1))
+            return super().load_dataset_shard(tar_path)
+
+    assert "was replaced" in failures([shard], Replaces())["0"]
+    assert "embeddings/0.parquet" not in files(shard.target)
+
+
 def test_an_old_quarantine_goes_when_its_shard_is_whole(make_shard: MakeShard) -> None:
     shard = make_shard(d__jpg=b"")
     shard.target.write_text(shard.quarantine_file, "old")
-    embed([replace(make_shard(), tar_fingerprint="mended")], Lengths())
+    embed([renamed(make_shard(), "mended")], Lengths())
     assert "quarantine/00000.parquet" not in files(shard.target)
 
 
@@ -122,7 +146,7 @@ def test_a_damaged_tar_fails_by_name_and_stops_no_other(make_shard: MakeShard, t
 
 def test_an_empty_tar_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
     for embedder in (Lengths(), tiny):
-        shard = replace(make_shard(keys=()), tar_fingerprint=type(embedder).__name__)
+        shard = renamed(make_shard(keys=()), type(embedder).__name__)
         (record,) = embed([shard], embedder)
         assert (record.samples, record.embedded) == (0, 0)
         assert read_embedding_record(shard.target, shard.embeddings_file) == record
@@ -145,9 +169,7 @@ def test_raise_fails_the_shard_of_a_bad_image(make_shard: MakeShard, tiny: TimmI
 
 def test_an_embedder_that_stops_fails_the_rest_and_only_the_rest(make_shard: MakeShard) -> None:
     shards = [make_shard(name) for name in ("0", "1", "2", "3")]
-    for shard in shards:  # copied in one go, shards may have one fingerprint
-        os.utime(shard.source.path(shard.tar), (1, 1))
-    shards = [make_shard("0")] + [replace(shard, tar_fingerprint="same") for shard in shards[1:]]
+    shards = [renamed(shard, "same") for shard in shards]  # copied in one go, shards may have one fingerprint
     found = failures(shards, Lengths(stop_at="2.tar"))
     assert set(found.values()) == {"RuntimeError: the decoder went away"}
     done = {file.name.removesuffix(".parquet") for file in Folder(f"{shards[0].output}/embeddings").list("")}
@@ -163,11 +185,13 @@ def test_a_model_that_does_not_load_fails_every_shard_with_its_reason(make_shard
 
 def test_names_that_are_not_utf8_reach_the_files(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
     shard = make_shard()
-    with tarfile.open(shard.source.path(shard.tar), "a", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+    path = shard.source.path(shard.tar)
+    with tarfile.open(path, "a", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         for name, data in {"caf\xe9.jpg": b"", "\xfc.jpg": b"no image"}.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    (shard,) = find_shards(shard.dataset, shard.output)
     (record,) = embed([shard], tiny)
     assert (record.embedded, sum(record.quarantined.values())) == (3, 2)
     found = pq.read_table(shard.target.path(shard.quarantine_file)).to_pylist()

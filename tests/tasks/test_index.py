@@ -12,7 +12,7 @@ from prefect.logging import disable_run_logger
 
 from embedders.errors import InputError
 from tasks.index import check_metadata, index_shards, index_tar
-from tasks.shards import Shard
+from tasks.shards import Shard, ShardReplaced
 
 from .conftest import MakeShard
 
@@ -24,11 +24,8 @@ def index(shard: Shard, *, keep: bool = True) -> list[str]:
 def test_an_index_is_made_once_and_read_after(make_shard: MakeShard) -> None:
     shard = make_shard()
     made = index(shard)
-    text = shard.target.read_text(shard.index_file)
-    assert text is not None
-    shard.target.write_text(shard.index_file, text.replace("c.jpg", "C.jpg"))
-    assert made == ["a", "b", "c"]
-    assert index(shard) == ["a", "b", "C"]
+    Path(shard.source.path(shard.tar)).unlink()
+    assert made == index(shard) == ["a", "b", "c"]
 
 
 def test_no_index_is_written_unless_kept(make_shard: MakeShard) -> None:
@@ -37,20 +34,30 @@ def test_no_index_is_written_unless_kept(make_shard: MakeShard) -> None:
     assert shard.target.list("") == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\x00\xfe", b"v1.2 1\njpg 512 3\n", b"cut"])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00\xfe", b"v1.2 1\njpg 512 3\n", b"cut", b"flipped"])
 def test_an_index_that_does_not_hold_is_made_again(make_shard: MakeShard, content: bytes) -> None:
     shard = make_shard()
     index(shard)
     path = Path(shard.target.path(shard.index_file))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-5] if content == b"cut" else content)
+    damaged = {b"cut": whole[:-5], b"flipped": whole.replace(b"c.jpg", b"C.jpg")}
+    path.write_bytes(damaged.get(content, content))
     assert index(shard) == ["a", "b", "c"]
     assert path.read_bytes() == whole
 
 
 def test_a_changed_tar_is_indexed_again(make_shard: MakeShard) -> None:
     index(make_shard())
-    assert index(replace(make_shard(keys=("x", "y")), tar_fingerprint="other")) == ["x", "y"]
+    changed = make_shard(keys=("x", "y"))
+    assert index(replace(changed, tar_fingerprint="other", tar_listed=changed.tar_fingerprint)) == ["x", "y"]
+
+
+def test_the_index_of_a_tar_that_was_replaced_is_not_kept(make_shard: MakeShard) -> None:
+    shard = make_shard()
+    make_shard(keys=("x", "y"), z__txt=bytes(100_000))
+    with pytest.raises(ShardReplaced, match=r"00000\.tar was replaced"):
+        index(shard)
+    assert shard.target.list("") == []
 
 
 @pytest.mark.parametrize(

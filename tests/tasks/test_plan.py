@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
+from embedders.webdataset import Component, Sample, TarIndex, format_index
 from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
 from tasks.shards import EmbeddingRecord, MergeRecord, Shard, embedding_key, merge_key, with_record
 
@@ -26,8 +28,17 @@ def shards(tmp_path: Path) -> list[Shard]:
         record = EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4)
         write(shard, shard.embeddings_file, record)
         write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
-    made[2].target.write_text(made[2].quarantine_file, "")
+    bad = pa.table({"id": ["2"]})
+    made[2].target.write(made[2].quarantine_file, lambda path: pq.write_table(bad, path))
+    for shard, samples in zip(made, (2, 2, 3), strict=True):
+        shard.target.write_text(shard.index_file, index_of(shard, samples))
     return made
+
+
+def index_of(shard: Shard, samples: int) -> str:
+    """The index of a tar with so many samples of one image."""
+    found = [Sample(f"{i}", (Component("jpg", 512 + 1024 * i, 9, f"{i}.jpg"),)) for i in range(samples)]
+    return format_index(TarIndex(tuple(found)), shard.tar_fingerprint)
 
 
 def write(shard: Shard, name: str, record: EmbeddingRecord | MergeRecord) -> None:
@@ -87,3 +98,19 @@ def test_groups_hold_every_shard_once(count: int, workers: int) -> None:
     assert [shard for group in groups for shard in group] == shards
     assert len(groups) <= MAX_TASKS
     assert len(groups) >= min(count, workers)
+
+
+@pytest.mark.slow
+def test_ten_thousand_finished_shards_are_found_done_in_seconds(tmp_path: Path) -> None:
+    shards = [Shard(f"{n:05}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(10_000)]
+    for shard in shards:
+        record = EmbeddingRecord(embedding_key(shard, "e", "key"), "e", 3, 2, {"empty": 1}, 4)
+        write(shard, shard.embeddings_file, record)
+        write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
+        shard.target.write(shard.quarantine_file, lambda path: pq.write_table(pa.table({"id": ["2"]}), path))
+        shard.target.write_text(shard.index_file, index_of(shard, 3))
+    begun = time.monotonic()
+    assert left(make_plan(shards, "e", OPTIONS)) == ([], [])
+    seconds = time.monotonic() - begun
+    print(f"10,000 shards planned in {seconds:.1f} s")
+    assert seconds < 30

@@ -45,8 +45,12 @@ def test_the_embedding_key_follows_tar_embedder_and_id_column(change: dict[str, 
     assert embedding_key(shard, change.get("embedder", "e"), change.get("id_col", "key")) != before
 
 
-def test_the_embedding_key_ignores_names_and_metadata() -> None:
-    other = replace(SHARD, name="b", dataset="s3://moved", output="/else", metadata_fingerprint="changed")
+def test_two_tars_of_one_size_and_time_have_keys_of_their_own() -> None:
+    assert embedding_key(replace(SHARD, name="b"), "e", "key") != embedding_key(SHARD, "e", "key")
+
+
+def test_the_embedding_key_ignores_places_and_metadata() -> None:
+    other = replace(SHARD, dataset="s3://moved", output="/else", metadata_fingerprint="changed")
     assert embedding_key(other, "e", "key") == embedding_key(SHARD, "e", "key")
 
 

@@ -20,12 +20,11 @@ import s3fs
 
 import tasks.staging
 from embedders import TimmImageEmbedder
-from embedders.errors import MalformedShard
 from tasks.embed import EmbedOptions, embed_group
 from tasks.index import check_metadata
 from tasks.merge import read_metadata
 from tasks.scratch import scratch
-from tasks.shards import Shard, digest, find_shards, read_embedding_record
+from tasks.shards import Shard, ShardReplaced, digest, find_shards, read_embedding_record
 from tasks.staging import Stage
 from tasks.storage import Folder
 from tests.servers import Proxy, s3_server
@@ -139,7 +138,7 @@ def test_parts_are_downloaded_in_parallel(shards: list[Shard], proxy: Proxy, mon
 
 def test_a_tar_that_was_replaced_is_not_taken_for_the_planned_one(shards: list[Shard], tmp_path: Path) -> None:
     s3fs.S3FileSystem().pipe_file("staging/data/0.tar", b"x" * SIZE)
-    with Stage(shards[:1]) as stage, pytest.raises(MalformedShard, match=r"0\.tar: it was replaced"):
+    with Stage(shards[:1]) as stage, pytest.raises(ShardReplaced, match=r"0\.tar was replaced"):
         next(stage).path()
     s3fs.S3FileSystem().rm_file("staging/data/1.tar")
     with Stage(shards[1:2]) as stage, pytest.raises(FileNotFoundError):

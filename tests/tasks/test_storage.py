@@ -162,3 +162,21 @@ def test_tails_are_read_many_at_a_time(folder: Folder) -> None:
     assert (found["05.idx"], found["39.idx"]) == (b"x5", b"39")
     assert folder.read_tail("39.idx", 3) == b"x39"
     assert folder.read_tail("00.idx", 100) == b"0"
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+
+    def killed(path: str) -> None:
+        Path(path).write_text("half")
+        os._exit(9)
+
+    folder.write_text("a/whole.parquet", "")
+    (tmp_path / "a/.mine.tmp").touch()
+    if (child := os.fork()) == 0:
+        folder.write("a/b/0.parquet", killed)
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / "a/b").iterdir())) == 1
+    folder.sweep()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["a/.mine.tmp", "a/whole.parquet"]

@@ -1,0 +1,29 @@
+"""The parameters of a run, and the command line that asks for it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+
+from flows.cli import app
+from flows.config import EmbedConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dataset": "/data/my photos; rm -rf", "output": "s3://bucket/it's"},
+        {"pretrained": False, "autocast": False, "normalize_embeddings": False, "use_index_files": False},
+        {"batch_size": 7, "on_error": "null", "precision": "bfloat16", "shard_timeout": 1.5, "verify": True},
+        {"fingerprint": "content", "image_component": "left.jpg", "workers": 3, "overwrite": True},
+    ],
+)
+def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None:
+    config = EmbedConfig(**{"dataset": "/data", "output": "/out", **options})
+    python, module, name, *arguments = shlex.split(config.command())
+    assert (python, module, name) == ("python", "-m", "flows.embed")
+    _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    assert bound.arguments["config"] == config
