@@ -19,9 +19,9 @@ from embedders.base import ImageEmbedder
 from flows.config import EmbedConfig, OnError
 from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Silent
-from flows.server import has_server, prefect_server
-from flows.work import Course, Work, handed_over, merge_options, prepare, received
-from tasks.cluster import choose_workers, main_module_hidden, task_runner
+from flows.server import LocalServer, has_server, prefect_server, started_early
+from flows.work import Course, HandedOver, Work, handed_over, merge_options, prepare, received, surely_unfinished
+from tasks.cluster import OwnCluster, own_cluster, task_runner
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
 from tasks.index import index_shards
@@ -79,8 +79,8 @@ def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress)
         progress.note(why)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with _alone(config, embedder, lost):
-        return _run(config, embedder, progress)
+    with _alone(config, embedder, lost), started_early(surely_unfinished(config)) as server:
+        return _run(config, embedder, progress, server)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,9 @@ def _alone(config: EmbedConfig, embedder: ImageEmbedder | None, lost: Callable[[
             sweep(config.output)
 
 
-def _run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
+def _run(
+    config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress, server: LocalServer | None
+) -> Manifest:
     work = prepare(config, embedder)
     if work.embedder.notice:
         progress.note(work.embedder.notice)
@@ -106,8 +108,11 @@ def _run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress
         return manifest
     course = Course(len(work.plan.embedded))
     try:
-        with handed_over(work, progress, course), prefect_server():
-            return embed.with_options(flow_run_name=run_name(config, work))(config)
+        with prefect_server(server, wait=False) as local, _cluster(work, config) as cluster:
+            if local is not None:
+                local.wait()
+            with handed_over(HandedOver(work, progress, course, cluster)):
+                return embed.with_options(flow_run_name=run_name(config, work))(config)
     except RunFailed as failed:
         return failed.manifest
     except (KeyboardInterrupt, Terminated) as stop:
@@ -119,6 +124,16 @@ def _run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress
             raise
         progress.note(f"the run is through, but Prefect could not be told ({type(error).__name__}: {error})")
         return course.manifest
+
+
+@contextlib.contextmanager
+def _cluster(work: Work, config: EmbedConfig) -> Iterator[OwnCluster | None]:
+    """The workers of a run, on their way; none if there is nothing to do, or a cluster that is there is to be used."""
+    if config.scheduler is not None or not work.anything:
+        yield None
+        return
+    with own_cluster(work.device, work.workers(config)) as cluster:
+        yield cluster
 
 
 def lock_name(config: EmbedConfig, embedder: ImageEmbedder | None) -> str:
@@ -156,26 +171,27 @@ def embed(config: EmbedConfig) -> Manifest:
         return _embed(config, *received_work)
     with _alone(config, None, _stop_flow):
         work = prepare(config, None)
-        return _embed(config, work, Silent(), Course(len(work.plan.embedded)))
+        with _cluster(work, config) as cluster:
+            return _embed(config, work, Silent(), Course(len(work.plan.embedded)), cluster)
 
 
 def _stop_flow(why: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course) -> Manifest:
+def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, cluster: OwnCluster | None) -> Manifest:
     progress.found(work.plan)
     if work.plan.embedded:
         done_before.with_options(task_run_name=f"{len(work.plan.embedded):,} shards done before")(
             len(work.plan.embedded)
         )
-    workers = choose_workers(work.device, config.workers, len(work.plan.to_embed) or len(work.plan.to_merge))
+    workers = work.workers(config)
     failures: dict[str, ShardFailure] = {}
     plan, first = work.plan, 0.0
     if work.anything:
+        address = str(config.scheduler) if cluster is None else cluster.address()
         with (
-            main_module_hidden(),
-            task_runner(work.device, workers, config.scheduler) as runner,
+            task_runner(address) as runner,
             progress,
             noticing_prefects_signal(),
         ):

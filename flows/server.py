@@ -37,12 +37,21 @@ class LocalServer:
     """
 
     def __init__(self) -> None:
+        """Start it. It answers after some seconds; see `wait`."""
         self.port = _free_port()
         self.process = self._start()
         self._stopping = threading.Event()
-        self._wait_until_it_answers()
-        self._keeper = threading.Thread(target=self._keep, name="prefect-server", daemon=True)
-        self._keeper.start()
+        self._keeper: threading.Thread | None = None
+
+    def wait(self) -> None:
+        """Wait until it answers, and keep it running from then on.
+
+        :raises RuntimeError: it does not start.
+        """
+        if self._keeper is None:
+            self._wait_until_it_answers()
+            self._keeper = threading.Thread(target=self._keep, name="prefect-server", daemon=True)
+            self._keeper.start()
 
     @property
     def api_url(self) -> str:
@@ -52,7 +61,8 @@ class LocalServer:
     def stop(self) -> None:
         """End it."""
         self._stopping.set()
-        self._keeper.join()
+        if self._keeper is not None:
+            self._keeper.join()
         self.process.terminate()
         try:
             self.process.wait(SECONDS_TO_STOP)
@@ -110,30 +120,51 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def prefect_server() -> Iterator[None]:
+def started_early(wanted: bool) -> Iterator[LocalServer | None]:
+    """A local server that starts while its run is planned, if one is wanted and none is configured."""
+    if not wanted or has_server():
+        yield None
+        return
+    with _environment(LOCAL_SERVER):
+        server = LocalServer()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Iterator[LocalServer | None]:
     """Run with the configured server, or with one local server that this process and its workers share.
 
     Without this every Dask worker would start a server of its own.
+
+    :param started: a local server that was started before; whoever did it stops it.
+    :param wait: whether to wait until it answers.
+    :return: the local server, if there is one.
     """
     if has_server():
-        yield
+        yield None
         return
     from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with _environment(LOCAL_SERVER):
-        server = LocalServer()
+        server = started or LocalServer()
         try:
+            if wait:
+                server.wait()
             with (
                 _environment({"PREFECT_API_URL": server.api_url}),
                 temporary_settings({PREFECT_API_URL: server.api_url}),
             ):
                 try:
-                    yield
+                    yield server
                 finally:
                     APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
         finally:
-            server.stop()
+            if started is None:
+                server.stop()
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError, MalformedShard
 from embedders.loader import Reason
 from flows.config import EmbedConfig
 from flows.progress import Progress
-from tasks.cluster import check_scheduler, choose_device
+from tasks.cluster import OwnCluster, check_scheduler, choose_device, choose_workers
 from tasks.index import check_metadata, open_local
 from tasks.plan import MergeOptions, Plan, make_plan
 from tasks.report import Manifest
@@ -40,6 +40,10 @@ class Work:
     started: float
     given: bool = False
     """Whether the embedder was given as an object, which no command line can."""
+
+    def workers(self, config: EmbedConfig) -> int:
+        """How many worker processes a cluster of our own has for it."""
+        return choose_workers(self.device, config.workers, len(self.plan.to_embed) or len(self.plan.to_merge))
 
     @property
     def anything(self) -> bool:
@@ -129,22 +133,45 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
 
-_handed_over: ContextVar[tuple[Work, Progress, Course] | None] = ContextVar("handed_over", default=None)
+def surely_unfinished(config: EmbedConfig) -> bool:
+    """Whether the listing of local folders already shows that there is something to do."""
+    try:
+        source, target = Folder(config.dataset), Folder(config.output)
+        if not (source.is_local and target.is_local):
+            return False
+        tars = {file.name.removesuffix(".tar") for file in source.list(".tar")}
+        done = {file.name.removesuffix(".parquet") for file in Folder(target.path("embeddings")).list(".parquet")}
+        return not tars <= done
+    except (InputError, OSError):
+        return False  # planning will say what is wrong
+
+
+class HandedOver(NamedTuple):
+    """What a flow that is called by this program starts from."""
+
+    work: Work
+    progress: Progress
+    course: Course
+    cluster: OwnCluster | None
+    """None where the cluster is there already, or none is needed."""
+
+
+_handed_over: ContextVar[HandedOver | None] = ContextVar("handed_over", default=None)
 
 
 @contextlib.contextmanager
-def handed_over(work: Work, progress: Progress, course: Course) -> Iterator[None]:
+def handed_over(value: HandedOver) -> Iterator[None]:
     """Let the flow that is called in this block receive what it starts from.
 
     An embedder object and a terminal are no parameters that Prefect could store, and planning twice costs time.
     """
-    token = _handed_over.set((work, progress, course))
+    token = _handed_over.set(value)
     try:
         yield
     finally:
         _handed_over.reset(token)
 
 
-def received() -> tuple[Work, Progress, Course] | None:
+def received() -> HandedOver | None:
     """What was handed over to the flow that runs, if anything was."""
     return _handed_over.get()

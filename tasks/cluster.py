@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from embedders.errors import InputError
@@ -129,19 +131,66 @@ async def _workers(address: str) -> int:
         return len((await scheduler.identity(n_workers=-1))["workers"])
 
 
-def task_runner(device: str, workers: int, scheduler: str | None) -> DaskTaskRunner:
-    """Prefect's task runner on the cluster that fits.
+class OwnCluster:
+    """A cluster of our own, which starts in the background: a run has other things to wait for meanwhile."""
 
-    :param scheduler: the address of a Dask scheduler, which is then used instead of a cluster of our own.
-    """
+    def __init__(self, device: str, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(1, "cluster")
+        self._cluster = self._pool.submit(_start, device, workers)
+        self._pool.submit(self._import_early)
+
+    def address(self) -> str:
+        """The scheduler's address, once the workers are there."""
+        return str(self._cluster.result().scheduler_address)
+
+    def close(self) -> None:
+        """End its processes."""
+        if self._cluster.exception() is None:
+            self._cluster.result().close()
+        self._pool.shutdown()
+
+    def _import_early(self) -> None:
+        """Have the packages that every task needs imported before there is one."""
+        from distributed import Client
+
+        with contextlib.suppress(Exception), Client(self.address(), set_as_default=False) as client:
+            client.run(import_early)
+
+
+@contextlib.contextmanager
+def own_cluster(device: str, workers: int) -> Iterator[OwnCluster]:
+    """One worker a GPU, or processes on the CPU, for the time of the block."""
+    with main_module_hidden():
+        cluster = OwnCluster(device, workers)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+def _start(device: str, workers: int) -> Any:
+    if device == "cuda":
+        from dask_cuda import LocalCUDACluster
+
+        _set_threads(max(1, available_cores() // workers))
+        return LocalCUDACluster(**_gpu_cluster(workers))
+    from distributed import LocalCluster
+
+    return LocalCluster(**_cpu_cluster(workers))
+
+
+def import_early() -> None:
+    """Import in a worker what its first task will need; nothing goes on there before that is done."""
+    for name in ("torch", "timm", "nvidia.dali", "tasks.embed"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def task_runner(address: str) -> DaskTaskRunner:
+    """Prefect's task runner on the cluster with this scheduler."""
     from prefect_dask import DaskTaskRunner
 
-    if scheduler is not None:
-        return DaskTaskRunner(address=scheduler)
-    if device == "cuda":
-        _set_threads(max(1, available_cores() // workers))
-        return DaskTaskRunner(cluster_class="dask_cuda.LocalCUDACluster", cluster_kwargs=_gpu_cluster(workers))
-    return DaskTaskRunner(cluster_class="distributed.LocalCluster", cluster_kwargs=_cpu_cluster(workers))
+    return DaskTaskRunner(address=address)
 
 
 def _gpu_cluster(workers: int) -> dict[str, Any]:
