@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,7 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
         "n_workers": workers,
         "threads_per_worker": TASKS_A_WORKER,
         "processes": True,
+        "preload": [__name__],
         "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
         "memory_limit": 0,
         "host": LOOPBACK,
@@ -222,6 +224,11 @@ def _cpu_cluster(workers: int) -> dict[str, Any]:
         "silence_logs": 50,
         "env": _threads(max(1, available_cores() // workers)) | {"CUDA_VISIBLE_DEVICES": ""},
     }
+
+
+def dask_setup(worker: Any) -> None:
+    """Dask calls it in each worker. The Ctrl-C that a terminal sends to all is for the run, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _threads(count: int) -> dict[str, str]:

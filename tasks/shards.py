@@ -244,9 +244,10 @@ def intact(folder: Folder, name: str) -> bool:
     """Whether every page of a Parquet file can be read and has the checksum it was written with."""
     try:
         with folder.open(name) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            for group in range(parquet.num_row_groups):
-                parquet.read_row_group(group)
+            content = pa.BufferReader(file.read())
+        parquet = pq.ParquetFile(content, page_checksum_verification=True)
+        for group in range(parquet.num_row_groups):
+            parquet.read_row_group(group)
     except (OSError, pa.ArrowException):
         return False
     return True

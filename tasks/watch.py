@@ -81,11 +81,13 @@ class Watch:
 def end_this_worker() -> None:
     """End this process in a moment, if it is a Dask worker: a thread of it is stuck for good. Another is started."""
     from distributed import get_worker
+    from distributed.core import Status
 
     try:
-        get_worker()
+        worker = get_worker()
     except ValueError:
         return
+    worker.loop.add_callback(setattr, worker, "status", Status.paused)  # or it would be given what then dies with it
     timer = threading.Timer(SECONDS_TO_LEAVE, os._exit, [1])
     timer.daemon = True
     timer.start()
