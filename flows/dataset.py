@@ -141,7 +141,7 @@ def _publish(work: Folder, target: Folder, column: str, columns: Sequence[str] |
     merged = Folder(f"{work.url}/metadata")
     for found in merged.list(".parquet"):
         with merged.open(found.name) as file:
-            table = pq.read_table(file, columns=None if columns is None else list(columns))
+            table = pq.ParquetFile(file).read(None if columns is None else list(columns), use_threads=False)
 
         def save(local: str, table: Any = table) -> None:
             if column in table.column_names:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
@@ -108,8 +107,9 @@ def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:
     for found in folder.list(".parquet"):
         with folder.open(found.name) as file:
             shard = found.name.removesuffix(".parquet")
-            # From memory: threads of Arrow that call a Python file may still do so when the interpreter ends.
-            rows += [{"shard": shard, **row} for row in pq.read_table(pa.BufferReader(file.read())).to_pylist()]
+            # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
+            # and abort the process.
+            rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]
         if len(rows) >= limit:
             break
     return rows[:limit]
