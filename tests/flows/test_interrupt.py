@@ -31,7 +31,7 @@ def test_a_run_that_is_told_to_stop_does(
         start_new_session=True,
     )
     until = time.monotonic() + 60
-    while not any("local_server" in command for _, command in processes_with(mark)):
+    while not any("spawn_main" in command for _, command in processes_with(mark)):  # the first worker comes up
         assert time.monotonic() < until
         time.sleep(0.05)
     begun = time.monotonic()
