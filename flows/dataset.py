@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
-from tasks.embed import write_vectors
 from tasks.report import Manifest
 from tasks.storage import Folder
+from tasks.vectors import write_vectors
 
 WORK_FOLDER = ".shard-embed"
 """Where `save_metadata` keeps embeddings and quarantine, inside the folder it writes to; not listed as shards."""
