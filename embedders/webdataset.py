@@ -26,6 +26,7 @@ import numpy as np
 from embedders.errors import MalformedShard
 from embedders.images import ImageHeader, inspect
 from embedders.loader import Reason
+from embedders.tar_headers import PlainTar, plain_members
 
 BLOCK = 512
 READ_AHEAD = 4 << 30
@@ -92,6 +93,9 @@ def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> Tar
     :param where: how errors name it.
     :raises MalformedShard: a header that is none, or a member that reaches past the end.
     """
+    plain = plain_members(data) if isinstance(data, mmap.mmap | bytes) else None
+    if plain is not None and (samples := _plain_samples(plain)) is not None:
+        return TarIndex(samples)
     grouped: dict[str, list[Component]] = {}
     ignored: list[str] = []
     for member in _members(data, where):
@@ -103,6 +107,23 @@ def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> Tar
         key, extension = match.groups()
         grouped.setdefault(key, []).append(Component(extension, member.offset, member.size, member.name))
     return TarIndex(tuple(Sample(k, tuple(c)) for k, c in grouped.items()), tuple(ignored))
+
+
+def _plain_samples(members: PlainTar) -> tuple[Sample, ...] | None:
+    """The samples of an ordinary tar; None if some member is part of none."""
+    grouped: dict[str, list[Component]] = {}
+    for name, offset, size in zip(*members, strict=True):
+        start = name.rfind("/") + 1
+        dot = name.find(".", start)
+        if dot <= start or dot == len(name) - 1:
+            return None
+        component = Component(name[dot + 1 :], offset, size, name)
+        key = name[:dot]
+        if key in grouped:
+            grouped[key].append(component)
+        else:
+            grouped[key] = [component]
+    return tuple([Sample(key, tuple(components)) for key, components in grouped.items()])
 
 
 def _members(data: Any, where: str) -> Iterator[_Member]:
