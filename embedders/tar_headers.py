@@ -7,7 +7,7 @@ says nothing: `embedders.webdataset` reads it member by member.
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ REGULAR = np.frombuffer(b"0\x007", np.uint8)
 EIGHTS = 8 ** np.arange(5, -1, -1, dtype=np.int64)
 HEADERS_AT_ONCE = 1 << 14
 """8 MB of them."""
+WINDOW = 4096
+"""Bytes of one request: a sample's text and json mostly lie in one with the headers of all three."""
 
 
 class PlainTar(NamedTuple):
@@ -28,13 +30,19 @@ class PlainTar(NamedTuple):
     sizes: list[int]
 
 
-def plain_members(data: mmap.mmap | bytes) -> PlainTar | None:
-    """The members of a whole tar that holds regular files with names of up to 100 bytes; None for any other."""
+def plain_members(read: Callable[[int, int], bytes], end: int) -> PlainTar | None:
+    """The members of a whole tar that holds regular files with names of up to 100 bytes; None for any other.
+
+    :param read: gives so many bytes from a place in the tar, fewer at its end.
+    :param end: the tar's bytes.
+    """
     members = PlainTar([], [], [])
     headers: list[bytes] = []
-    at, end = 0, len(data)
+    at, start, window = 0, 0, b""
     while at + BLOCK <= end:
-        header = data[at : at + BLOCK]
+        if at + BLOCK > start + len(window):
+            start, window = at, read(at, WINDOW)
+        header = window[at - start : at - start + BLOCK]
         try:
             size = int(header[SIZE : SIZE + 11], 8)
         except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 from prefect import State, get_run_logger, task
@@ -19,7 +18,7 @@ from embedders.webdataset import (
     map_tar,
     open_shard,
     parse_index,
-    read_tar,
+    read_tar_file,
 )
 from tasks.aside import aside
 from tasks.metadata import check_metadata
@@ -37,9 +36,7 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
     kept = shard.target.read_text(shard.index_file) if keep else None
     index = parse_index(kept, shard.tar_fingerprint) if kept is not None else None
     if index is None:
-        data = map_tar(path)
-        data.madvise(mmap.MADV_RANDOM)  # the system would read the images between the headers too
-        index = read_tar(data, shard.tar)
+        index = read_tar_file(path, shard.tar)
         if keep:
             check_unchanged(shard)
             shard.target.write_text(shard.index_file, format_index(index, shard.tar_fingerprint))
