@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml locks/dev.txt
 	@echo "Installing into .venv (several GB, most of it PyTorch; minutes on first use)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-	    --constraint locks/dev.txt --editable '.[demo,dev,s3]' 2>&1 | tee .venv/install.log | awk ' \
+	    --constraint locks/dev.txt --editable '.[demo,dev,export,s3]' 2>&1 | tee .venv/install.log | awk ' \
 	    /^ *(Collecting|Processing) / && ++n % 50 == 0 { print "  " n " packages found"; fflush() } \
 	    /^Installing collected/ { print "  unpacking " n " packages"; fflush() }' || { \
 	    tail -n 30 .venv/install.log; echo "The installation failed; .venv/install.log has all of it."; exit 1; }

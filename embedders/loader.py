@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Reason(enum.StrEnum):
-    """Why a sample has no embedding. The list is short and fixed: people filter by it."""
+    """Why a sample has no embedding, or no metadata. The list is short and fixed: people filter by it."""
 
     EMPTY = "empty"
     """The image member has no bytes."""
@@ -38,9 +38,13 @@ class Reason(enum.StrEnum):
     TOO_LARGE = "too_large"
     """More pixels than the limit, by its header."""
     DUPLICATE_ID = "duplicate_id"
-    """An earlier sample of the shard has the same id."""
+    """An earlier sample, or metadata row, of the shard has the same id."""
     NOT_EMBEDDED = "not_embedded"
     """A custom embedder did not return a vector for the sample, or the model gave NaN or infinity."""
+    NO_IMAGE = "no_image"
+    """A metadata row whose id no sample of the shard has."""
+    NO_METADATA_ROW = "no_metadata_row"
+    """A sample that is embedded, but whose id no metadata row has."""
 
 
 class Encoded(NamedTuple):

@@ -26,6 +26,7 @@ import numpy as np
 from embedders.errors import MalformedShard
 from embedders.images import ImageHeader, inspect
 from embedders.loader import Reason
+from embedders.tar_headers import PlainTar, plain_members
 
 BLOCK = 512
 READ_AHEAD = 4 << 30
@@ -92,6 +93,10 @@ def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> Tar
     :param where: how errors name it.
     :raises MalformedShard: a header that is none, or a member that reaches past the end.
     """
+    if isinstance(data, mmap.mmap | bytes):
+        index = _plain_index(plain_members(lambda at, size: data[at : at + size], len(data)))
+        if index is not None:
+            return index
     grouped: dict[str, list[Component]] = {}
     ignored: list[str] = []
     for member in _members(data, where):
@@ -103,6 +108,38 @@ def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> Tar
         key, extension = match.groups()
         grouped.setdefault(key, []).append(Component(extension, member.offset, member.size, member.name))
     return TarIndex(tuple(Sample(k, tuple(c)) for k, c in grouped.items()), tuple(ignored))
+
+
+def read_tar_file(path: str | os.PathLike[str], where: str) -> TarIndex:
+    """Index the samples of a local tar; what lies between its headers is not read.
+
+    :param where: how errors name it.
+    :raises MalformedShard: as `read_tar`.
+    """
+    with open(path, "rb") as file:
+        number = file.fileno()
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)  # the system would read the images between the headers too
+        index = _plain_index(plain_members(lambda at, size: os.pread(number, size, at), os.fstat(number).st_size))
+    return read_tar(map_tar(path), where) if index is None else index
+
+
+def _plain_index(members: PlainTar | None) -> TarIndex | None:
+    """The index of an ordinary tar; None if it is none, or some member is part of no sample."""
+    if members is None:
+        return None
+    grouped: dict[str, list[Component]] = {}
+    for name, offset, size in zip(*members, strict=True):
+        start = name.rfind("/") + 1
+        dot = name.find(".", start)
+        if dot <= start or dot == len(name) - 1:
+            return None
+        component = Component(name[dot + 1 :], offset, size, name)
+        key = name[:dot]
+        if key in grouped:
+            grouped[key].append(component)
+        else:
+            grouped[key] = [component]
+    return TarIndex(tuple([Sample(key, tuple(components)) for key, components in grouped.items()]))
 
 
 def _members(data: Any, where: str) -> Iterator[_Member]:

@@ -102,7 +102,9 @@ def _tell(manifest: Any) -> None:
         f"{manifest.shards} shards, {manifest.shards_cached} of them done before; "
         f"{manifest.dimensions} dimensions; {manifest.seconds:.1f} s"
     )
-    console.print(f"dataset:    {manifest.output}/metadata/*.parquet")
+    for warning in manifest.warnings:
+        console.print(f"warning: {warning}")
+    console.print(f"dataset:    {manifest.metadata}/*.parquet")
     console.print(f"quarantine: {manifest.output}/quarantine/*.parquet")
     console.print(f"account:    {manifest.output}/manifest.json")
 
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         with ending_in_time():
             status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, ValidationError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         told = getattr(stop, "__notes__", None) or ["stopped before anything was begun"]
@@ -122,7 +124,8 @@ def main(arguments: Sequence[str]) -> int:
     return status or 0
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong, as one line for a person."""
     cause: BaseException | None = error
     seen: set[int] = set()  # a store's client may raise an error that leads back to itself
     while cause is not None and not isinstance(cause, ValidationError) and id(cause) not in seen:

@@ -15,6 +15,7 @@ from embedders.images import MAX_PIXELS
 from embedders.timm import Precision
 from tasks.plan import MergeOptions
 from tasks.staging import SPACE
+from tasks.vectors import VectorFormat
 
 
 class OnError(enum.StrEnum):
@@ -68,6 +69,21 @@ class EmbedConfig(BaseModel):
         None, description="Extension of the image to embed where samples have several, such as left.jpg."
     )
     on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
+    embedding_type: Literal["list", "fixed_size_list"] = Field(
+        "list", description="Arrow type of the new column; dask-cudf refuses a fixed-size list."
+    )
+    embedding_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="Type of its values; cuDF reads float16 lists as text."
+    )
+    embedding_encoding: Literal["plain", "byte_stream_split"] = Field(
+        "plain", description="Parquet encoding of its values; byte_stream_split with zstd is smaller and slower."
+    )
+    rows_per_file: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Rows of each file of the dataset, instead of one file a shard."
+    )
+    in_place: bool = Field(
+        False, description="Add the column to the Parquets beside the tars, keeping every row, instead of new files."
+    )
     scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
     workers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Worker processes; by default one a GPU, or one for every four cores."
@@ -90,7 +106,10 @@ class EmbedConfig(BaseModel):
         words = ["python", "-m", "flows.embed", self.dataset, "--output", self.output]
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), name.replace("_", "-")
-            if name in {"dataset", "output"} or value == field.default:
+            told = (
+                name == "on_error" and name in self.model_fields_set
+            )  # said or not makes a difference to repeated ids
+            if name in {"dataset", "output"} or (value == field.default and not told):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
@@ -98,9 +117,27 @@ class EmbedConfig(BaseModel):
                 words += [f"--{option}", str(value)]
         return shlex.join(words)
 
+    @property
+    def strict_ids(self) -> bool:
+        """Whether a repeated id in the metadata is an error: unless --on-error says what becomes of such a row."""
+        return self.on_error is OnError.RAISE or "on_error" not in self.model_fields_set
+
     def merge_options(self) -> MergeOptions:
-        """How embeddings join the metadata."""
-        return MergeOptions(self.id_col, self.image_embedding_column, self.on_error is OnError.NULL)
+        """How embeddings join the metadata.
+
+        :raises InputError: options that exclude each other.
+        """
+        if self.in_place and self.rows_per_file is not None:
+            raise InputError("--in-place and --rows-per-file exclude each other; leave one of them out")
+        return MergeOptions(
+            self.id_col,
+            self.image_embedding_column,
+            null_rows=self.on_error is OnError.NULL,
+            strict=self.strict_ids,
+            form=VectorFormat(self.embedding_type, self.embedding_dtype, self.embedding_encoding),
+            in_place=self.in_place,
+            rows_per_file=self.rows_per_file,
+        )
 
     def build_embedder(self) -> ImageEmbedder:
         """The embedder that these parameters describe.

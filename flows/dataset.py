@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
-from tasks.embed import write_vectors
 from tasks.report import Manifest
 from tasks.storage import Folder
+from tasks.vectors import write_vectors
 
 WORK_FOLDER = ".shard-embed"
 """Where `save_metadata` keeps embeddings and quarantine, inside the folder it writes to; not listed as shards."""
@@ -115,11 +115,13 @@ class ImageTextPairDataset:
             self.embedders[0],
             id_col=self.id_col,
             on_error="null",  # these files take the place of the user's own: no row may go
+            in_place=path is None,
             device=_client.device,
             workers=_client.workers,
             scheduler=_client.scheduler,
         )
-        _publish(Folder(work), target, self.embedders[0].image_embedding_column, columns)
+        if path is not None:
+            _publish(Folder(work), target, self.embedders[0].image_embedding_column, columns)
         if manifest.shards_failed:
             raise RunFailed(manifest)
         return manifest
@@ -137,7 +139,7 @@ class ImageTextPairDataset:
 
 
 def _publish(work: Folder, target: Folder, column: str, columns: Sequence[str] | None) -> None:
-    """Write the merged files of a run where the user wants them."""
+    """Write the merged files of a run to a folder of the user's."""
     merged = Folder(f"{work.url}/metadata")
     for found in merged.list(".parquet"):
         with merged.open(found.name) as file:

@@ -20,8 +20,9 @@ from flows.config import EmbedConfig, OnError
 from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Silent
 from flows.server import LocalServer, has_server, prefect_server, started_early
-from flows.work import Course, HandedOver, Work, handed_over, merge_options, prepare, received, surely_unfinished
+from flows.work import Course, HandedOver, Work, handed_over, prepare, received, surely_unfinished
 from tasks.cluster import OwnCluster, own_cluster, task_runner
+from tasks.dataset import common_schema, finish_dataset, missing_parts, part_groups, write_parts
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
 from tasks.index import index_shards
@@ -102,6 +103,7 @@ def _run(
         progress.note(work.embedder.notice)
     if not work.anything and not has_server():
         spent = Spent(time.monotonic() - work.started)
+        finish_dataset(work.plan, work.fingerprint)
         manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)
         write_manifest(manifest)
         progress.found(work.plan)
@@ -201,8 +203,9 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
             if damaged := _damaged(plan, failures):
                 _embed_damaged(runner, damaged, work, config, failures)
                 _merge_all(runner, _plan_again(work, config), work, config, failures)
+            _write_parts(runner, _plan_again(work, config), work, failures)
         plan = _plan_again(work, config)
-    left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]}
+    left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
     failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
         failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
@@ -212,6 +215,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     again = finish_with(config, work)
     manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again)
     try:
+        finish_dataset(plan, work.fingerprint)
         write_manifest(manifest)
     except OSError as error:
         note = {MANIFEST: f"could not be written: {error}"}
@@ -230,7 +234,7 @@ def done_before(shards: int) -> State[int]:
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
-    options = merge_options(config, work.embedder)
+    options = work.plan.options
     return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True, accepts=work.embedder.accepts)
 
 
@@ -277,6 +281,7 @@ def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOpti
         staging_space=config.staging_space,
         verify=config.verify,
         shard_timeout=config.shard_timeout,
+        strict_ids=config.strict_ids,
     )
 
 
@@ -320,13 +325,25 @@ def _embed_damaged(
 
 def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:
     """Join every embedded shard whose merged file is missing or old."""
-    options = merge_options(config, work.embedder)
+    options = plan.options
     backend = "cudf" if work.device == "cuda" else "pandas"
     futures = {}
     for start in range(0, len(plan.to_merge), SHARDS_A_MERGE):
         group = plan.to_merge[start : start + SHARDS_A_MERGE]
         parameters = {"shards": group, "options": options, "backend": backend, "span": span(group)}
         futures[runner.submit(merge_shards, parameters=parameters)] = group
+    for _ in _drain(futures, failures):
+        pass
+
+
+def _write_parts(runner: Any, plan: Plan, work: Work, failures: dict[str, ShardFailure]) -> None:
+    """Make files of an even size of the merged ones, where that was asked for."""
+    missing = missing_parts(plan)
+    schema = common_schema(plan, work.fingerprint) if missing else None
+    futures: dict[Any, Sequence[Shard]] = {}
+    for group in part_groups(missing):
+        parameters = {"parts": group, "output": plan.shards[0].output, "options": plan.options, "schema": schema}
+        futures[runner.submit(write_parts, parameters=parameters | {"span": group[0].name})] = ()
     for _ in _drain(futures, failures):
         pass
 

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from embedders.base import ImageEmbedder
@@ -15,8 +15,10 @@ from embedders.loader import Reason
 from flows.config import EmbedConfig
 from flows.progress import Progress
 from tasks.cluster import OwnCluster, check_scheduler, choose_device, choose_workers
-from tasks.index import check_metadata, open_local
-from tasks.plan import MergeOptions, Plan, make_plan
+from tasks.dataset import held_schema, missing_parts
+from tasks.index import open_local
+from tasks.metadata import check_metadata
+from tasks.plan import MergeOptions, Plan, plan_in_one_schema
 from tasks.report import Manifest
 from tasks.shards import Shard, digest, find_shards, with_content_fingerprints
 from tasks.storage import Folder
@@ -47,8 +49,8 @@ class Work:
 
     @property
     def anything(self) -> bool:
-        """Whether a shard is left to embed or to merge."""
-        return bool(self.plan.to_embed or self.plan.to_merge)
+        """Whether a shard is left to embed or to merge, or a file to be made of merged ones."""
+        return bool(self.plan.to_embed or self.plan.to_merge or missing_parts(self.plan))
 
 
 @dataclass
@@ -76,11 +78,13 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     given = embedder is not None
     embedder = embedder if embedder is not None else config.build_embedder()
     fingerprint = embedder.fingerprint()
+    options = replace(merge_options(config, embedder), embedder=fingerprint)
     try:
-        plan = make_plan(
+        plan = plan_in_one_schema(
             shards,
             digest(fingerprint),
-            merge_options(config, embedder),
+            options,
+            None if config.in_place else held_schema(config.output, options.column),
             overwrite=config.overwrite,
             accepts=embedder.accepts,
             verify=config.verify,
@@ -128,7 +132,7 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
                 continue  # damage is the shard's own fault: it fails by name and the others go on
             images, of_bytes = images + len(ids), of_bytes + shard.tar_bytes
         with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
-            check_metadata(shard, config.id_col, ids)
+            check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 

@@ -39,10 +39,11 @@ class LockedSet:
 # dev is everything that `make` installs, so it comes first: where the other sets can, they follow its versions.
 # The GPU sets hold s3 too, since workers read from a shared store. dask-cuda pins dask, so dask differs there.
 SETS = (
-    LockedSet("dev", extras=("s3", "demo", "dev"), constraints=("locks/torch.in",)),
+    LockedSet("dev", extras=("s3", "demo", "export", "dev"), constraints=("locks/torch.in",)),
     LockedSet("base", constraints=("locks/torch.in",)),
     LockedSet("s3", extras=("s3",), constraints=("locks/torch.in",)),
     LockedSet("demo", extras=("demo",), constraints=("locks/torch.in",)),
+    LockedSet("export", extras=("export",), constraints=("locks/torch.in",)),
     LockedSet("gpu", extras=("gpu", "s3")),
     LockedSet("gpu-cu13", extras=("gpu-cu13", "s3"), constraints=("locks/torch.in",)),
 )

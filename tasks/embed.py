@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import State, task
@@ -36,11 +35,9 @@ from tasks.shards import (
     with_record,
 )
 from tasks.staging import SPACE, Stage
+from tasks.vectors import vector_array, write_vectors
 from tasks.watch import Limit, Watch, end_this_worker
 from tasks.worker import shared_engine
-
-ROWS_A_GROUP = 8192
-"""Rows of a Parquet row group: at 768 float32 a group is 25 MB."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ class EmbedOptions:
     since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
     how many each worker will see in the whole run, 0 where that is not known. `staging_space` bytes on the worker's
     disk hold tars of a store. `verify` has what is done already read and checked against its checksums.
-    `shard_timeout` is in seconds, None for what follows from a shard's size.
+    `shard_timeout` is in seconds, None for what follows from a shard's size. `strict_ids` fails a shard whose metadata
+    repeats an id.
     """
 
     id_col: str
@@ -62,6 +60,7 @@ class EmbedOptions:
     staging_space: int = SPACE
     verify: bool = False
     shard_timeout: float | None = None
+    strict_ids: bool = True
 
 
 _watch = Watch()
@@ -171,7 +170,7 @@ class _GroupRun:
     def _describe(self, shard: Shard, path: str) -> OpenShard:
         """The shard, mapped; a GPU's thread must not wait for the Python that reads headers and ids."""
         component, id_col = self.embedder.image_component, self.options.id_col
-        args = shard, path, id_col, self.embedder.use_index_files, component
+        args = shard, path, id_col, self.embedder.use_index_files, component, self.options.strict_ids
         samples = aside(describe_local, *args) if self.limit.device == "cuda" else describe_local(*args)
         return OpenShard(path, map_tar(path), samples, id_col, component)
 
@@ -253,38 +252,6 @@ def write_embeddings(
     table = table.cast(with_record(table.schema, record))
     shard.target.write(shard.embeddings_file, lambda path: write_vectors(table, path, column))
     return record
-
-
-def vector_array(vectors: np.ndarray) -> pa.Array:
-    """(n, dimensions) float32 as a list<float32> array over the same memory."""
-    count, dimensions = vectors.shape
-    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-    kind = pa.list_(pa.field("element", pa.float32(), nullable=False))
-    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * dimensions)
-    return pa.ListArray.from_arrays(offsets, values, type=kind)
-
-
-def write_vectors(table: pa.Table, path: str, column: str) -> None:
-    """Write a table whose `column` holds vectors: floats do not compress and need no dictionary or statistics."""
-    leaf = next(name for name in _leaves(table.schema) if name.startswith(f"{column}."))
-    others = [name for name in _leaves(table.schema) if name != leaf]
-    pq.write_table(
-        table,
-        path,
-        row_group_size=ROWS_A_GROUP,
-        compression={leaf: "none", **dict.fromkeys(others, "zstd")},
-        use_dictionary=others or False,
-        write_statistics=others or False,
-        write_page_checksum=True,
-    )
-
-
-def _leaves(schema: pa.Schema) -> list[str]:
-    """The Parquet column paths of a schema."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(schema.empty_table(), sink)
-    parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
-    return [parquet.column(i).path for i in range(len(parquet))]
 
 
 def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from embedders.errors import InputError
 from embedders.webdataset import (
     OpenShard,
     Samples,
     TarIndex,
-    canonical_id,
     describe,
     format_index,
     indexed_samples,
     map_tar,
     open_shard,
     parse_index,
-    read_tar,
+    read_tar_file,
 )
 from tasks.aside import aside
+from tasks.metadata import check_metadata
 from tasks.shards import Shard, check_unchanged
 
 
@@ -39,7 +36,7 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
     kept = shard.target.read_text(shard.index_file) if keep else None
     index = parse_index(kept, shard.tar_fingerprint) if kept is not None else None
     if index is None:
-        index = read_tar(map_tar(path), shard.tar)
+        index = read_tar_file(path, shard.tar)
         if keep:
             check_unchanged(shard)
             shard.target.write_text(shard.index_file, format_index(index, shard.tar_fingerprint))
@@ -51,14 +48,17 @@ def open_local(shard: Shard, path: str, id_col: str, *, keep: bool, image_compon
     return open_shard(path, id_col, index_tar(shard, path, keep=keep), image_component)
 
 
-def describe_local(shard: Shard, path: str, id_col: str, keep: bool, image_component: str | None) -> Samples:
+def describe_local(
+    shard: Shard, path: str, id_col: str, keep: bool, image_component: str | None, strict_ids: bool = True
+) -> Samples:
     """The samples of a shard's local tar with their images' headers; its metadata is seen to belong to it.
 
+    :param strict_ids: whether metadata that repeats an id is refused.
     :raises MalformedShard: the tar is damaged.
     :raises InputError: the metadata cannot be joined; see `check_metadata`.
     """
     samples = describe(map_tar(path), index_tar(shard, path, keep=keep), id_col, image_component, headers=True)
-    check_metadata(shard, id_col, samples.ids)
+    check_metadata(shard, id_col, samples.ids, unique=strict_ids)
     return samples
 
 
@@ -68,43 +68,8 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, tuple[str, ...]]:
     :return: how many samples there are, and the members that are none.
     """
     opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
-    check_metadata(shard, id_col, opened.ids)
+    check_metadata(shard, id_col, opened.ids, unique=False)
     return len(opened.ids), opened.index.ignored
-
-
-def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None) -> None:
-    """Prove that the metadata Parquet can be joined with the shard's samples by id.
-
-    :param ids: the samples' ids, where the tar was looked at.
-    :raises InputError: it does not open, lacks the id column, repeats an id, or has no id of the shard's samples.
-    :raises OSError: its store did not give it.
-    """
-    if shard.metadata is None:
-        return
-    where = f"{shard.dataset}/{shard.metadata}"
-    in_store = None if shard.source.is_local else shard.source.open(shard.metadata)  # its errors are not the file's
-    try:
-        with in_store or shard.source.open(shard.metadata) as file:
-            parquet = pq.ParquetFile(file)
-            if id_col not in parquet.schema_arrow.names:
-                columns = ", ".join(parquet.schema_arrow.names)
-                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
-            column = parquet.read([id_col]).column(0)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it"
-        ) from error
-    seen: set[str] = set()
-    for row, value in enumerate(column.to_pylist()):
-        text = canonical_id(value)
-        if text in seen:
-            raise InputError(f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard")
-        seen.add(text)
-    if ids and seen and seen.isdisjoint(ids):
-        raise InputError(
-            f"{where}: none of its ids is a sample's: column {id_col!r} has {sorted(seen)[0]!r}, "
-            f"the tar has {ids[0]!r}; give the right --id-col, or the Parquet that belongs to the tar"
-        )
 
 
 @task(

@@ -1,14 +1,17 @@
 """The third stage: metadata joined with embeddings by id, one Dask DataFrame partition a shard.
 
-The same dask.dataframe code runs on pandas and, where there are GPUs, on cuDF. A shard is joined with itself only,
-so nothing is shuffled, and the vectors stay Arrow lists all the way.
+The same dask.dataframe code runs on pandas and, where there are GPUs, on cuDF. A shard is joined with itself only, so
+nothing is shuffled. Frames hold ids and row numbers: which row gets which vector is what a join finds out. The rows
+and the vectors themselves stay Arrow from file to file, whatever types they have.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +20,25 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from embedders.errors import InputError
+from embedders.engine import QuarantinedSample
+from embedders.errors import InputError, MalformedShard
 from embedders.loader import Reason
-from embedders.webdataset import canonical_id, open_shard, printable, sample_json
-from tasks.embed import vector_array, write_vectors
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
-from tasks.plan import MergeOptions
-from tasks.shards import MergeRecord, Shard, merge_key, read_embedding_record, with_record
+from tasks.footer import describe, footer
+from tasks.ids import canonical_ids
+from tasks.metadata import conform, no_rows, read_ids, read_metadata, refuse_mismatch, repeated_id
+from tasks.plan import MergeOptions, merged_key
+from tasks.shards import EmbeddingRecord, MergeRecord, Shard, read_embedding_record, with_record
+from tasks.storage import Folder
+from tasks.vectors import read_vectors, rows_a_group, take_rows, vector_array, write_groups
 
 SHARDS_A_TASK = 1000
 """Shards of one Dask job: a shard costs Dask milliseconds, a Prefect task a fifth of a second."""
+EXAMPLES = 3
+"""Ids without a partner that a record names."""
 
-ROW = "__shard_embed_row__"
-ID = "__shard_embed_id__"
+ID, ROW, PLACE = "id", "row", "place"
+NUMBERS = pa.array([], pa.int64())
 TEXT = pa.array([], pa.string())
 
 
@@ -44,14 +53,11 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     import dask.dataframe as dd
 
     with dask.config.set({"dataframe.backend": backend}):
-        meta = to_frame(pa.table({options.id_col: TEXT, ROW: pa.array([], pa.int64()), ID: TEXT}), backend)
-        metadata = dd.from_map(read_metadata, shards, id_col=options.id_col, backend=backend, meta=meta)
-        vectors = to_frame(pa.table({ID: TEXT, options.column: vector_array(np.zeros((0, 0)))}), backend)
-        embeddings = dd.from_map(read_vectors, shards, backend=backend, meta=vectors)
-        # The metas only name what `join` names: shards may differ in columns, and none is read here.
-        joined = metadata.map_partitions(
-            join, embeddings, options, meta=join(meta, vectors, options), align_dataframes=False, enforce_metadata=False
-        )
+        some_rows = to_frame(pa.table({ID: TEXT, ROW: NUMBERS}), backend)
+        some_places = to_frame(pa.table({ID: TEXT, PLACE: NUMBERS}), backend)
+        rows = dd.from_map(rows_of, shards, options=options, backend=backend, meta=some_rows)
+        places = dd.from_map(places_of, shards, backend=backend, meta=some_places)
+        joined = rows.map_partitions(join, places, meta=join(some_rows, some_places), align_dataframes=False)
         parts = zip(joined.to_delayed(), shards, strict=True)
         written = [dask.delayed(write_merged)(part, shard, options) for part, shard in parts]
         futures = client.compute(written)
@@ -68,66 +74,17 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     return records
 
 
-def read_metadata(shard: Shard, id_col: str, backend: str) -> Any:
-    """A shard's metadata as a frame of the backend, with its row numbers and its ids as text.
-
-    Without a Parquet beside the tar, its rows are the samples' json members.
-    """
-    if shard.metadata is None:
-        table = json_metadata(shard, id_col)
-    else:
-        with shard.source.open(shard.metadata) as file:
-            table = pq.read_table(file)
-    if id_col not in table.column_names:
-        raise InputError(f"{shard.metadata}: no id column {id_col!r}")
-    ids = pa.array([None if v is None else canonical_id(v) for v in table.column(id_col).to_pylist()], pa.string())
-    table = table.append_column(ROW, pa.array(range(len(table)), pa.int64())).append_column(ID, ids)
-    return to_frame(table, backend)
+def rows_of(shard: Shard, options: MergeOptions, backend: str) -> Any:
+    """The ids of a shard's metadata rows, as text, with the rows' numbers."""
+    ids = read_ids(shard, options.id_col)
+    return to_frame(pa.table({ID: ids, ROW: np.arange(len(ids))}), backend)
 
 
-def json_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """One row a sample from its json member, with every key of any of them as a column, the id first."""
-    with shard.source.local_copy(shard.tar) as path:
-        opened = open_shard(path, id_col)
-        rows = [
-            with_id(sample_json(sample, opened.data), id_col, sample_id)
-            for i, (sample, sample_id) in enumerate(zip(opened.index.samples, opened.ids, strict=True))
-            if opened.unusable.get(i, (None,))[0] is not Reason.DUPLICATE_ID
-        ]
-    names = dict.fromkeys([id_col, *(name for row in rows for name in row)])
-    return pa.table({printable(name): json_column([row.get(name) for row in rows]) for name in names})
-
-
-def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
-    """A json object whose id column is what the sample goes by, also where it was missing or null."""
-    return row if row.get(id_col) is not None else {**row, id_col: sample_id}
-
-
-def json_column(values: list[Any]) -> pa.Array:
-    """Json values as a column; as text where they are not of one type, text staying as it is."""
-    try:
-        column = pa.array(values)
-        same = not has_empty_struct(column.type)
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        same = False
-    if not same:
-        texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-        column = pa.array([None if text is None else printable(text) for text in texts], pa.string())
-    return column.cast(pa.string()) if pa.types.is_null(column.type) else column
-
-
-def has_empty_struct(kind: pa.DataType) -> bool:
-    """Whether a type holds the json object `{}`, which Parquet cannot write."""
-    if pa.types.is_struct(kind) and not kind.num_fields:
-        return True
-    return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def read_vectors(shard: Shard, backend: str) -> Any:
-    """A shard's ids and vectors as a frame of the backend; page checksums are verified."""
-    with shard.target.open(shard.embeddings_file) as file:
-        table = pq.read_table(file, page_checksum_verification=True)
-    return to_frame(table.rename_columns([ID, *table.column_names[1:]]), backend)
+def places_of(shard: Shard, backend: str) -> Any:
+    """The ids of a shard's vectors, with the vectors' numbers."""
+    with arrow_file(shard.target, shard.embeddings_file) as file:
+        ids = pq.read_table(file, columns=["id"], page_checksum_verification=True).column(0)
+    return to_frame(pa.table({ID: ids, PLACE: np.arange(len(ids))}), backend)
 
 
 def to_frame(table: pa.Table, backend: str) -> Any:
@@ -138,44 +95,231 @@ def to_frame(table: pa.Table, backend: str) -> Any:
         return cudf.DataFrame.from_arrow(table)
     import pandas as pd
 
-    return table.replace_schema_metadata(None).to_pandas(types_mapper=pd.ArrowDtype)
+    return table.to_pandas(types_mapper=pd.ArrowDtype)
 
 
-def join(metadata: Any, vectors: Any, options: MergeOptions) -> Any:
-    """Metadata rows with their vectors, by id, in the metadata's order; the account of the rest in the attributes."""
-    (column,) = [name for name in vectors.columns if name != ID]
-    vectors = vectors.rename(columns={column: options.column})
-    if options.column in metadata.columns:
-        metadata = metadata.drop(columns=[options.column])
-    joined = metadata.merge(vectors, on=ID, how="left" if options.null_rows else "inner").sort_values(ROW)
-    return joined.drop(columns=[ROW, ID])
+def join(rows: Any, places: Any) -> Any:
+    """Which row gets which vector, by id, in the order of the rows. Of rows that repeat an id the first one counts."""
+    joined = rows.drop_duplicates(subset=[ID], keep="first").merge(places, on=ID, how="inner")
+    return joined[[ROW, PLACE]].sort_values(ROW)
+
+
+@contextlib.contextmanager
+def arrow_file(folder: Folder, name: str) -> Iterator[Any]:
+    """A file for Arrow's readers: read without Python where it is local."""
+    if folder.is_local:
+        with pa.OSFile(folder.path(name)) as file:
+            yield file
+    else:
+        with folder.open(name) as file:
+            yield file
+
+
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A shard's metadata and vectors, and which belong together: row `rows[i]` gets vector `places[i]`.
+
+    `rows` ascends. `vectors` is (n, dimensions) float32, `ids` are its rows' ids.
+    """
+
+    metadata: pa.Table
+    ids: pa.ChunkedArray
+    vectors: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+    keep_all: bool
+
+    @property
+    def matched(self) -> np.ndarray:
+        """(rows of the metadata,) bool: which have a vector."""
+        mask = np.zeros(len(self.metadata), bool)
+        mask[self.rows] = True
+        return mask
+
+    def tables(self, schema: pa.Schema, options: MergeOptions, size: int) -> Iterator[pa.Table]:
+        """The merged rows, at most `size` at a time: what is in memory twice is that and not the shard."""
+        matched = self.matched
+        kept = self.metadata if self.keep_all else self.metadata.filter(pa.array(matched))
+        valid = matched if self.keep_all else np.ones(len(kept), bool)
+        before = np.concatenate([[0], np.cumsum(valid)])
+        dimensions = self.vectors.shape[1] or options.dimensions
+        for start in range(0, len(kept), size):
+            part = kept.slice(start, size)
+            stop = start + len(part)
+            places = self.places[before[start] : before[stop]]
+            matrix = take_rows(self.vectors, places) if len(places) else np.zeros((0, dimensions), np.float32)
+            array = vector_array(matrix, valid[start:stop], options.form)
+            yield pa.table([*part.columns, array], schema=schema)
 
 
 def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> dict[str, Any]:
-    """Write a joined partition as the shard's file; its record as plain JSON."""
-    table = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata(None)
+    """Write a shard's rows with their vectors as the shard's file; its record as plain JSON.
+
+    :param frame: what `join` gave.
+    :raises InputError: rows and images hardly have an id in common, or a value does not fit the dataset's schema.
+    """
+    numbers = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    rows, places = (numbers.column(name).to_numpy() for name in (ROW, PLACE))
     embedding = read_embedding_record(shard.target, shard.embeddings_file)
     if embedding is None:
         raise OSError(f"{shard.embeddings_file} went away while it was merged")
-    vectors = len(table) - table.column(options.column).null_count
-    record = MergeRecord(
-        key=merge_key(shard, embedding.version, options.as_dict()),
-        rows=len(table),
-        rows_without_embedding=metadata_rows(shard, embedding.samples) - vectors,
-        embeddings_without_row=embedding.embedded - vectors,
-    )
-    table = table.cast(with_record(table.schema, record))
-    shard.target.write(shard.merged_file, lambda path: write_vectors(table, path, options.column))
+    joined, notes = _gathered(shard, embedding, options, rows, places)
+    left = _unmatched(shard, embedding, joined, options)
+    record = _account(shard, embedding, options, joined, left)
+    if left:
+        shard.target.write(shard.unmatched_file, lambda path: pq.write_table(_listed(left), path, compression="zstd"))
+    else:
+        shard.target.remove(shard.unmatched_file)
+    dimensions = max(embedding.dimensions, options.dimensions)
+    vector = pa.field(options.column, options.form.arrow_type(dimensions))
+    schema = pa.schema([*joined.metadata.schema, vector])
+    described = describe(options.column, options.form, options.embedder, dimensions, embedding)
+    schema = with_record(schema.with_metadata({**notes, **footer(schema, described)}), record)
+    folder, name = options.place(shard)
+    size = rows_a_group(dimensions)
+
+    def save(path: str) -> None:
+        tables = joined.tables(schema, options, size)
+        write_groups(schema, tables, path, options.column, size, options.form.encoding)
+        if options.in_place:
+            _prove(path, joined.tables(schema, options, size))
+            _like_the_old(folder, name, path)
+
+    folder.write(name, save)
+    pa.default_memory_pool().release_unused()
     return asdict(record)
 
 
-def metadata_rows(shard: Shard, samples: int) -> int:
-    """How many rows a shard's metadata has, by its footer; a sample each where there is no Parquet."""
-    if shard.metadata is None:
-        return samples
-    with shard.source.open(shard.metadata) as file:
-        return int(pq.read_metadata(file).num_rows)
+def _gathered(
+    shard: Shard, embedding: EmbeddingRecord, options: MergeOptions, rows: np.ndarray, places: np.ndarray
+) -> tuple[Joined, dict[bytes, bytes]]:
+    """What a shard's join is made of, and the notes in its metadata's schema that stay: those of a file of the user's.
+
+    Page checksums of the vectors are verified.
+    """
+    with arrow_file(shard.target, shard.embeddings_file) as file:
+        ids, column = pq.read_table(file, columns=["id"]).column(0), pq.read_schema(file).names[1]
+        vectors = read_vectors(file, column, embedding.dimensions)
+    metadata = read_metadata(shard, options.id_col)
+    notes = dict(metadata.schema.metadata or {}) if options.in_place else {}
+    metadata = metadata.replace_schema_metadata(None)
+    if options.column in metadata.column_names:
+        metadata = metadata.drop_columns([options.column])
+    if options.schema is not None and shard.metadata is not None:
+        try:
+            metadata = conform(metadata, options.schema, options.id_col)
+        except InputError as error:
+            raise InputError(f"{shard.dataset}/{shard.metadata}: {error}") from error
+    return Joined(metadata, ids, vectors, rows, places, options.keep_rows), notes
+
+
+def _unmatched(
+    shard: Shard, embedding: EmbeddingRecord, joined: Joined, options: MergeOptions
+) -> list[QuarantinedSample]:
+    """What the join has left over, but for rows whose image is in quarantine and so listed there.
+
+    :raises InputError: there are no rows, rows and images hardly have an id in common, or an id is there twice where
+        that is an error.
+    """
+    where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else shard.tar
+    if embedding.samples and not len(joined.metadata):
+        raise no_rows(where)
+    alone = np.flatnonzero(~joined.matched)
+    rows = joined.metadata.take(alone)
+    ids = canonical_ids(rows.column(options.id_col)).to_pylist()
+    matched = np.isin(np.arange(len(joined.ids)), joined.places)
+    refused = _quarantined(shard) if len(alone) else set()
+    partners = len(joined.rows) + len(refused.intersection(ids))
+    if partners < embedding.samples and any(ids):
+        examples = next(sample for sample in ids if sample), next(iter([*joined.ids[:1].to_pylist(), *refused]), "")
+        refuse_mismatch(where, options.id_col, partners, (len(joined.metadata), embedding.samples), examples)
+    seen = set(joined.ids.filter(pa.array(matched)).to_pylist()) if len(alone) else set()
+    left: list[QuarantinedSample] = []
+    for row, sample, status in zip(alone.tolist(), ids, _statuses(rows), strict=True):
+        at = f"row {row} of {shard.metadata or 'the json members'}"
+        if sample is None:
+            left.append(QuarantinedSample("", "", Reason.NO_IMAGE, f"{at} has no id"))
+        elif sample in seen and options.strict:
+            raise repeated_id(where, sample, row)
+        elif sample in seen:
+            left.append(QuarantinedSample(sample, "", Reason.DUPLICATE_ID, f"{at} repeats the id"))
+        elif sample not in refused:
+            left.append(QuarantinedSample(sample, "", Reason.NO_IMAGE, at + status))
+        if sample is not None:
+            seen.add(sample)
+    for sample in joined.ids.filter(pa.array(~matched)).to_pylist():
+        left.append(QuarantinedSample(sample, "", Reason.NO_METADATA_ROW, f"no row of {shard.metadata}"))
+    return left
+
+
+def _quarantined(shard: Shard) -> set[str]:
+    """The ids of a shard's samples that could not be embedded."""
+    try:
+        with arrow_file(shard.target, shard.quarantine_file) as file:
+            return set(pq.read_table(file, columns=["id"]).column(0).to_pylist())
+    except FileNotFoundError:
+        return set()
+
+
+def _statuses(rows: pa.Table) -> list[str]:
+    """What img2dataset says of each row's download, where it says that it failed."""
+    if "status" not in rows.column_names:
+        return [""] * len(rows)
+    return [
+        f": status {status}" if isinstance(status, str) and status != "success" else ""
+        for status in rows.column("status").to_pylist()
+    ]
+
+
+def _account(
+    shard: Shard, embedding: EmbeddingRecord, options: MergeOptions, joined: Joined, left: Sequence[QuarantinedSample]
+) -> MergeRecord:
+    """The record of a merged file."""
+    images = [sample for sample in left if sample.reason == Reason.NO_METADATA_ROW]
+    rows = [sample for sample in left if sample.reason == Reason.NO_IMAGE]
+    not_fetched = sum(": status " in sample.detail for sample in rows)
+    total = len(joined.metadata)
+    return MergeRecord(
+        key=merged_key(shard, embedding, options),
+        rows=total if joined.keep_all else len(joined.rows),
+        rows_without_embedding=total - len(joined.rows),
+        embeddings_without_row=len(images),
+        rows_without_image=len(rows),
+        rows_not_fetched=not_fetched,
+        rows_repeated=len(left) - len(images) - len(rows),
+        unmatched=len(left),
+        examples=[sample.id for sample in (images[:EXAMPLES] or rows[:EXAMPLES])],
+    )
+
+
+def _listed(left: Sequence[QuarantinedSample]) -> pa.Table:
+    """What was left over, as the table that quarantine files are."""
+    names = QuarantinedSample._fields
+    return pa.table({name: pa.array([str(getattr(s, name)) for s in left], pa.string()) for name in names})
+
+
+def _prove(path: str, expected: Iterator[pa.Table]) -> None:
+    """Read a file back, checksums and all, before it takes the place of the user's own.
+
+    :raises MalformedShard: it does not hold what was written.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as written:
+        groups = 0
+        for table in expected:
+            if groups >= written.num_row_groups or not written.read_row_group(groups).equals(table):
+                raise MalformedShard(f"{path}: row group {groups} does not read back as written; the old file stays")
+            groups += 1
+        if groups != written.num_row_groups:
+            raise MalformedShard(f"{path}: {written.num_row_groups} row groups instead of {groups}; the old file stays")
+
+
+def _like_the_old(folder: Folder, name: str, path: str) -> None:
+    """Give a file the permissions of the one that it replaces."""
+    if folder.is_local and os.path.exists(folder.path(name)):
+        shutil.copymode(folder.path(name), path)
 
 
 @task(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from embedders.errors import InputError
+from tasks.metadata import unified_schema
 from tasks.shards import (
+    UNMATCHED,
     EmbeddingRecord,
     Footer,
     MergeRecord,
     Shard,
     account_agrees,
+    digest,
     embedding_key,
     embedding_record,
     intact,
@@ -21,6 +27,7 @@ from tasks.shards import (
     read_footers,
 )
 from tasks.storage import Folder, in_bulk
+from tasks.vectors import PLAIN, VectorFormat
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -30,15 +37,60 @@ SHARDS_A_TASK = 32
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How embeddings and metadata are joined. `null_rows` keeps rows without an embedding, with a null in its place."""
+    """How embeddings and metadata are joined, and how the result is written.
+
+    `null_rows` keeps rows without an embedding, with a null in its place. `strict` fails a shard whose metadata repeats
+    an id. `schema` is what the metadata of all shards has in common, None where each file keeps its own; `dimensions`
+    of the vectors are 0 until some are there. `embedder` is the embedder's fingerprint, for the files' footers.
+    """
 
     id_col: str
     column: str
     null_rows: bool = False
+    strict: bool = False
+    form: VectorFormat = PLAIN
+    in_place: bool = False
+    rows_per_file: int | None = None
+    schema: pa.Schema | None = None
+    dimensions: int = 0
+    embedder: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def keep_rows(self) -> bool:
+        """Whether rows without an embedding stay: always in the user's own files."""
+        return self.null_rows or self.in_place
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON, for the key."""
-        return {"id_col": self.id_col, "column": self.column, "null_rows": self.null_rows}
+        """Plain JSON, for the key: what changes a merged file."""
+        parts = {"id_col": self.id_col, "column": self.column, "null_rows": self.keep_rows, **self.form.as_dict()}
+        size = self.dimensions if self.form.type == "fixed_size_list" else 0
+        return parts | {"schema": self._schema_digest, "dimensions": size, "in_place": self.in_place}
+
+    @cached_property
+    def _schema_digest(self) -> str | None:
+        return None if self.schema is None else digest(str(self.schema.remove_metadata()))
+
+    def place(self, shard: Shard) -> tuple[Folder, str]:
+        """Where a shard's merged file lies: a folder, and the file's name in it."""
+        return self.folder(shard), f"{shard.name}.parquet"
+
+    def folder(self, shard: Shard) -> Folder:
+        """The folder of merged files: beside the tars, in the output, or where files of many shards are made from."""
+        if self.in_place:
+            return shard.source
+        return Folder(f"{shard.output.rstrip('/')}/{'metadata' if self.rows_per_file is None else 'merged'}")
+
+
+def merged_key(shard: Shard, record: EmbeddingRecord, options: MergeOptions) -> str:
+    """What a shard's merged file is a pure function of.
+
+    A file beside a tar is its own metadata, so that does not count; json members have no schema before they are read.
+    """
+    if options.in_place:
+        shard = replace(shard, metadata_fingerprint=None)
+    elif shard.metadata is None:
+        options = replace(options, schema=None)
+    return merge_key(shard, record.version, options.as_dict())
 
 
 @dataclass(frozen=True)
@@ -47,7 +99,7 @@ class Plan:
 
     shards: tuple[Shard, ...]
     embedder: str
-    id_col: str
+    options: MergeOptions
     embedded: dict[str, EmbeddingRecord]
     merged: dict[str, MergeRecord]
 
@@ -63,7 +115,7 @@ class Plan:
 
     def embedding_key(self, shard: Shard) -> str:
         """The key of the shard's embeddings."""
-        return embedding_key(shard, self.embedder, self.id_col)
+        return embedding_key(shard, self.embedder, self.options.id_col)
 
 
 def make_plan(
@@ -87,7 +139,8 @@ def make_plan(
     """
     target = shards[0].target
     embedded: dict[str, EmbeddingRecord] = {}
-    for shard, record in zip(shards, _records(shards, "embeddings", embedding_record), strict=True):
+    embeddings = Folder(f"{target.url.rstrip('/')}/embeddings")
+    for shard, record in zip(shards, _records(shards, embeddings, embedding_record), strict=True):
         if record is None:
             continue
         if record.embedder != embedder and not overwrite:
@@ -100,14 +153,18 @@ def make_plan(
     embedded = _only(shards, embedded, lambda shard: account_agrees(shard, embedded[shard.name]))
     if verify:
         embedded = _only(shards, embedded, lambda shard: intact(target, shard.embeddings_file))
+    options = replace(options, dimensions=max((record.dimensions for record in embedded.values()), default=0))
+    quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(UNMATCHED)}
     merged: dict[str, MergeRecord] = {}
-    for shard, done in zip(shards, _records(shards, "metadata", merge_record), strict=True):
+    found = _records(shards, options.folder(shards[0]), merge_record) if embedded else [None] * len(shards)
+    for shard, done in zip(shards, found, strict=True):
         record = embedded.get(shard.name)
-        if done and record and done.key == merge_key(shard, record.version, options.as_dict()):
+        listed = done and (not done.unmatched or f"{shard.name}{UNMATCHED}" in quarantined)
+        if done and record and listed and done.key == merged_key(shard, record, options):
             merged[shard.name] = done
     if verify:
-        merged = _only(shards, merged, lambda shard: intact(target, shard.merged_file))
-    return Plan(tuple(shards), embedder, options.id_col, embedded, merged)
+        merged = _only(shards, merged, lambda shard: intact(*options.place(shard)))
+    return Plan(tuple(shards), embedder, options, embedded, merged)
 
 
 def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
@@ -117,9 +174,29 @@ def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard
     return {shard.name: records[shard.name] for shard, answer in zip(asked, answers, strict=True) if answer}
 
 
-def _records(shards: Sequence[Shard], kind: str, record: Callable[[Footer | None], T]) -> list[T]:
-    """The record of each shard's file of a kind, or None; one listing, then footers in bulk."""
-    folder = Folder(f"{shards[0].target.url.rstrip('/')}/{kind}")
+def plan_in_one_schema(
+    shards: Sequence[Shard], embedder: str, options: MergeOptions, held: pa.Schema | None, **how: Any
+) -> Plan:
+    """Plan, with the schema that the metadata of all shards has in common; see `make_plan`.
+
+    The footers of metadata that is not merged yet are read, so that what cannot be one schema is found before any
+    image is. Where they widen the schema, what is merged already is joined again.
+
+    :param held: the schema of what is merged already, as `tasks.dataset.held_schema` says it.
+    :raises InputError: columns of one name cannot be of one type.
+    """
+    plan = make_plan(shards, embedder, replace(options, schema=held), **how)
+    left = [*plan.to_embed, *plan.to_merge]
+    if options.in_place or not left:
+        return plan
+    schema = unified_schema(left, options.id_col, options.column, held if plan.merged else None)
+    if not schema.names or (held is not None and schema.equals(held)):
+        return plan
+    return make_plan(shards, embedder, replace(options, schema=schema), **how)
+
+
+def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer | None], T]) -> list[T]:
+    """The record of each shard's file in a folder, or None; one listing, then footers in bulk."""
     there = {file.name: file for file in folder.list(".parquet")}
     names = [f"{shard.name}.parquet" for shard in shards]
     footers = read_footers(folder, [there[name] for name in names if name in there])

@@ -11,8 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
+from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
+from tasks.metadata import MISMATCH_WARNED
 from tasks.plan import Plan
+from tasks.shards import UNMATCHED
 from tasks.storage import Folder
 
 MANIFEST = "manifest.json"
@@ -41,10 +44,14 @@ class Manifest(BaseModel):
     dimensions: int
     model: str
     output: str
+    metadata: str = Field("", description="The folder with the merged dataset.")
     quarantined_by_reason: dict[str, int] = {}
     rows: int = Field(0, description="Rows of the merged metadata.")
     rows_without_embedding: int = 0
+    rows_without_image: int = Field(0, description="Rows whose id no sample has, part of those without an embedding.")
+    rows_repeated: int = Field(0, description="Rows that repeat an id, part of those without an embedding.")
     embeddings_without_row: int = 0
+    warnings: list[str] = Field([], description="What a person should look at.")
     failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
     finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
@@ -75,23 +82,48 @@ def account(
         quarantined=reasons.total(),
         shards=len(plan.shards),
         shards_cached=cached,
-        shards_failed=len(plan.to_embed) + len(plan.to_merge),
+        shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
         images_per_second=round(fresh / spent.total, 1),
         seconds=round(spent.total, 2),
         seconds_to_first=round(spent.first, 2),
         dimensions=max((record.dimensions for record in records), default=0),
         model=str(embedder.get("model", embedder.get("embedder", ""))),
         output=plan.shards[0].output,
+        metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
         quarantined_by_reason=dict(sorted(reasons.items())),
         rows=sum(record.rows for record in merges),
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
+        rows_without_image=sum(record.rows_without_image for record in merges),
+        rows_repeated=sum(record.rows_repeated for record in merges),
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        warnings=warnings(plan),
         failures={failure.shard: failure.error for failure in failures},
         finish_with=finish_with if failures else "",
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         versions=records[0].versions if records else {},
     )
+
+
+def warnings(plan: Plan) -> list[str]:
+    """A line where over 1 % of the images have no metadata row, or of the rows no image; with examples.
+
+    Rows of images that could not be fetched, as img2dataset notes them, are no mismatch.
+    """
+    embedded = sum(plan.embedded[name].embedded for name in plan.merged)
+    images = sum(record.embeddings_without_row for record in plan.merged.values())
+    without = sum(record.rows_without_embedding for record in plan.merged.values())
+    rows = sum(record.rows_without_image - record.rows_not_fetched for record in plan.merged.values())
+    sides = (
+        ("images have no metadata row", images, embedded),
+        ("metadata rows have no image", rows, embedded - images + without),
+    )
+    found = [f"{count:,} of {total:,} {what}" for what, count, total in sides if count > total * MISMATCH_WARNED]
+    if not found:
+        return []
+    examples = [f"{example!r} ({name})" for name, record in plan.merged.items() for example in record.examples[:1]]
+    listed = "quarantine/*.unmatched.parquet lists them"
+    return [f"{', '.join(found)}, such as {', '.join(examples[:3])}; check --id-col; {listed}"]
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -101,10 +133,12 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:
-    """The first quarantined samples of an output: shard, id, member, reason, detail."""
+    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left."""
     rows: list[dict[str, str]] = []
     folder = Folder(f"{output.url.rstrip('/')}/quarantine")
     for found in folder.list(".parquet"):
+        if found.name.endswith(UNMATCHED):
+            continue
         with folder.open(found.name) as file:
             shard = found.name.removesuffix(".parquet")
             # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,

@@ -21,6 +21,9 @@ FORMAT = 1
 UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d --rm FILE", ".tar.xz": "unxz FILE"}
 """Compressed tars, and what unpacks them."""
 
+UNMATCHED = ".unmatched.parquet"
+"""How the files end that list what the merge could not join."""
+
 RECORD = b"shard_embed"
 """The key under which a Parquet footer carries its record."""
 
@@ -83,6 +86,11 @@ class Shard:
         return f"quarantine/{self.name}.parquet"
 
     @property
+    def unmatched_file(self) -> str:
+        """Metadata rows without an image and images without a row, in the output; there only if there are any."""
+        return f"quarantine/{self.name}{UNMATCHED}"
+
+    @property
     def merged_file(self) -> str:
         """The metadata joined with the embeddings, in the output."""
         return f"metadata/{self.name}.parquet"
@@ -112,14 +120,24 @@ class EmbeddingRecord:
         return self.samples == self.embedded + sum(self.quarantined.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MergeRecord:
-    """What the footer of a merged file says of it."""
+    """What the footer of a merged file says of it.
+
+    Rows without an embedding are those without an image, some of them because a crawl could not fetch it, those whose
+    image is in quarantine, and those that repeat an id. `unmatched` counts the rows of the shard's unmatched file;
+    `examples` are ids from either side.
+    """
 
     key: str
     rows: int
     rows_without_embedding: int
     embeddings_without_row: int
+    rows_without_image: int = 0
+    rows_not_fetched: int = 0
+    rows_repeated: int = 0
+    unmatched: int = 0
+    examples: list[str] = field(default_factory=list)
 
 
 def find_shards(dataset: str, output: str) -> list[Shard]:
@@ -206,7 +224,15 @@ def merge_key(shard: Shard, embedding: str, options: dict[str, Any]) -> str:
     return digest(parts | {"format": FORMAT})
 
 
-def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord) -> pa.Schema:
+@dataclass(frozen=True)
+class PartRecord:
+    """What the footer of a file made of several merged files says of it."""
+
+    key: str
+    rows: int
+
+
+def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord | PartRecord) -> pa.Schema:
     """The schema with the record in its metadata, and so in the file's footer."""
     return schema.with_metadata({**(schema.metadata or {}), RECORD: json.dumps(asdict(record)).encode()})
 
@@ -266,6 +292,16 @@ def merge_record(footer: Footer | None) -> MergeRecord | None:
     found = _record(footer)
     try:
         record = MergeRecord(**found[0]) if found else None
+    except TypeError:
+        return None
+    return record if found and record and record.rows == found[1] else None
+
+
+def read_part_record(folder: Folder, name: str) -> PartRecord | None:
+    """The record of a file made of several merged files; None unless the footer opens and agrees with the file."""
+    found = _record(_read_footer(folder, name))
+    try:
+        record = PartRecord(**found[0]) if found else None
     except TypeError:
         return None
     return record if found and record and record.rows == found[1] else None

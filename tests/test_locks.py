@@ -14,7 +14,8 @@ EXTRAS = {
     "base": [],
     "s3": ["s3"],
     "demo": ["demo"],
-    "dev": ["s3", "demo", "dev"],
+    "export": ["export"],
+    "dev": ["s3", "demo", "export", "dev"],
     "gpu": ["gpu", "s3"],
     "gpu-cu13": ["gpu-cu13", "s3"],
 }
@@ -50,7 +51,7 @@ def test_lock_holds_what_the_project_asks_for(name: str) -> None:
     assert {package(requirement) for requirement in asked} - pins(name).keys() == set()
 
 
-@pytest.mark.parametrize("name", ["base", "s3", "demo"])
+@pytest.mark.parametrize("name", ["base", "s3", "demo", "export"])
 def test_sets_are_parts_of_the_tested_one(name: str) -> None:
     assert pins(name).items() <= pins("dev").items()
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from embedders import TimmImageEmbedder
+from flows.demo_data import load_photograph
+from flows.embed import embed_dataset
 from flows.server import prefect_server
+from tasks.report import Manifest
 
 ROOT = Path(__file__).parents[2]
+TINY = "test_vit.r160_in1k"
+IMG2DATASET: tuple[str, ...] = ("url", "caption", "key", "status", "error_message", "width", "height")
+IMG2DATASET += ("original_width", "original_height", "exif", "sha256")
+"""The columns that img2dataset 1.45 writes, in its order."""
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +86,52 @@ def command() -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+def embed(dataset: Path, output: Path, **parameters: Any) -> Manifest:
+    embedder = TimmImageEmbedder(TINY, pretrained=False)
+    return embed_dataset(str(dataset), str(output), embedder, workers=1, device="cpu", **parameters)
+
+
+def img2dataset(folder: Path, shards: int = 2, rows: int = 12) -> Path:
+    """A dataset as img2dataset leaves it: tar, parquet and _stats.json; every third download has failed."""
+    folder.mkdir()
+    photograph = load_photograph("skimage", "data/chelsea.png").resize((96, 64))
+    for shard in range(shards):
+        table = []
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for row in range(rows):
+                key, fetched = f"{shard:05}{row:04}", row % 3 != 2
+                size = (96, 64, 451, 300) if fetched else (None,) * 4
+                error = None if fetched else "HTTP Error 404: Not Found"
+                status = "success" if fetched else "failed_to_download"
+                exif = "{}" if fetched else None
+                sha256 = f"{row:064x}"
+                values = (f"https://x.test/{key}.jpg", f"cat {row}", key, status, error, *size, exif, sha256)
+                table.append(dict(zip(IMG2DATASET, values, strict=True)))
+                if not fetched:
+                    continue
+                out = io.BytesIO()
+                photograph.rotate(row * 20).save(out, "JPEG")
+                members = {"jpg": out.getvalue(), "txt": b"cat", "json": json.dumps(table[-1]).encode()}
+                for extension, data in members.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        text, number = pa.string(), pa.int32()
+        types = (text, text, text, text, text, number, number, number, number, text, text)
+        schema = pa.schema(list(zip(IMG2DATASET, types, strict=True)))
+        pq.write_table(pa.Table.from_pylist(table, schema=schema), folder / f"{shard:05}.parquet")
+        stats = {"count": rows, "successes": rows - rows // 3, "failed_to_download": rows // 3}
+        (folder / f"{shard:05}_stats.json").write_text(json.dumps(stats))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def crawl(server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with such a dataset in data/, embedded into out/; not to be changed."""
+    folder = tmp_path_factory.mktemp("crawl")
+    img2dataset(folder / "data")
+    manifest = embed(folder / "data", folder / "out")
+    assert (manifest.embedded, manifest.quarantined, manifest.rows, manifest.shards_failed) == (16, 0, 16, 0)
+    return folder

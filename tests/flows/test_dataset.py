@@ -94,6 +94,7 @@ def test_the_form_from_nemo_curator_adds_the_column_beside_the_tars(server: str,
         assert after.drop_columns("image_embedding").replace_schema_metadata(None) == table
         missing += after["image_embedding"].null_count
     assert missing == len(BROKEN)
+    assert not list((folder / "data").rglob("metadata"))  # the Parquets beside the tars are all there is
 
 
 def test_a_custom_embedder_defined_in_a_script(server: str, folder: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.embed import EmbedOptions, embed_group, vector_array, write_vectors
+from tasks.embed import EmbedOptions, embed_group
 from tasks.failures import ShardsFailed
 from tasks.shards import EmbeddingRecord, Shard, digest, find_shards, read_embedding_record
 from tasks.storage import Folder
+from tasks.vectors import vector_array, write_vectors
 
 from .conftest import MakeShard
 

@@ -1,17 +1,14 @@
-"""An index is kept, is not believed for another tar, and metadata that cannot be joined is refused beforehand."""
+"""An index is kept and is not believed for another tar."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 from prefect.logging import disable_run_logger
 
-from embedders.errors import InputError
-from tasks.index import check_metadata, index_shards, index_tar
+from tasks.index import index_shards, index_tar
 from tasks.shards import Shard, ShardReplaced
 
 from .conftest import MakeShard
@@ -58,37 +55,6 @@ def test_the_index_of_a_tar_that_was_replaced_is_not_kept(make_shard: MakeShard)
     with pytest.raises(ShardReplaced, match=r"00000\.tar was replaced"):
         index(shard)
     assert shard.target.list("") == []
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"id": ["a"], "text": ["x"]}, "no id column 'key'; give --id-col one of: id, text"),
-        ({"key": ["a", "b", "a"]}, "id 'a' is there twice, again in row 2"),
-        ({"key": [1.0, 2.0, 1.0]}, r"id 1\.0 is there twice"),
-        ({"key": ["x", "y"]}, "none of its ids is a sample's: column 'key' has 'x', the tar has 'a'"),
-    ],
-)
-def test_metadata_that_cannot_be_joined_is_refused(
-    make_shard: MakeShard, metadata: dict[str, list[Any]], message: str
-) -> None:
-    shard = make_shard(metadata=metadata)
-    with pytest.raises(InputError, match=message):
-        check_metadata(shard, "key", ("a", "b", "c"))
-
-
-def test_metadata_that_is_no_parquet_is_refused(make_shard: MakeShard, tmp_path: Path) -> None:
-    shard = make_shard(metadata={"key": ["a"]})
-    (tmp_path / "data/00000.parquet").write_bytes(b"key,text\n")
-    with pytest.raises(InputError, match=r"00000\.parquet: not readable as Parquet"):
-        check_metadata(shard, "key")
-
-
-def test_metadata_that_fits_or_is_not_there_passes(make_shard: MakeShard) -> None:
-    check_metadata(make_shard(), "key", ("a",))
-    check_metadata(make_shard(metadata={"key": ["z", "a"]}), "key", ("a", "b"))
-    check_metadata(make_shard(metadata={"key": pa.array([], pa.string())}), "key", ("a", "b"))
-    check_metadata(make_shard(metadata={"key": [1, 2]}), "key", ("1",))
 
 
 def test_a_shard_that_cannot_be_indexed_stops_no_other(make_shard: MakeShard, tmp_path: Path) -> None:

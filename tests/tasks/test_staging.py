@@ -21,8 +21,7 @@ import s3fs
 import tasks.staging
 from embedders import TimmImageEmbedder
 from tasks.embed import EmbedOptions, embed_group
-from tasks.index import check_metadata
-from tasks.merge import read_metadata
+from tasks.metadata import check_metadata, read_metadata
 from tasks.scratch import scratch
 from tasks.shards import Shard, ShardReplaced, digest, find_shards, read_embedding_record
 from tasks.staging import Stage
@@ -198,7 +197,7 @@ def test_any_store_of_fsspec_is_read(kind: str, tmp_path: Path, demo_dataset: Pa
         assert (record.samples, record.embedded) == (64, 63)
         assert read_embedding_record(Folder(str(tmp_path / "out")), shards[0].embeddings_file) == record
         check_metadata(shards[0], "key")
-        assert read_metadata(shards[0], "key", "pandas").equals(read_metadata(local[0], "key", "pandas"))
+        assert read_metadata(shards[0], "key").equals(read_metadata(local[0], "key"))
     finally:
         server.shutdown()
         server.server_close()

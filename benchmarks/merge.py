@@ -1,0 +1,391 @@
+"""The merge beside plain pyarrow, indexes beside DALI's own script, and what a run costs that has nothing to do.
+
+    python -m benchmarks.merge [--part merge|index|plan|rerun] [--shards N] [--folder FOLDER]
+
+Prints each figure with the one it is compared with, taken in the same run on the same machine, and their ratio. Files
+are written first and read from memory: disks are not what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import io
+import json
+import mmap
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.throughput import run_alone
+from embedders import TimmImageEmbedder
+from tasks.dataset import finish_dataset
+from tasks.embed import versions
+from tasks.footer import describe, footer
+from tasks.plan import MergeOptions, make_plan, merged_key
+from tasks.shards import EmbeddingRecord, MergeRecord, Shard, digest, embedding_key, find_shards, with_record
+from tasks.vectors import rows_a_group, vector_array, write_vectors
+
+ROWS, DIMENSIONS, SHARDS, WORKERS = 10_000, 768, 100, 2
+OPTIONS = MergeOptions("key", "image_embedding")
+INDEXED_TARS, INDEXED_SAMPLES, IMAGE_BYTES = 8, 4096, 55_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table."""
+
+    what: str
+    asked: str
+    measured: str
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def merge(folder: str, shards: int = SHARDS) -> list[Figure]:
+    """A million rows of 768 float32 through the merge, and the same bytes through plain pyarrow."""
+    names = [f"{number:05}" for number in range(shards)]
+    context = multiprocessing.get_context("spawn")
+    halves = [names[i::WORKERS] for i in range(WORKERS)]
+    with ProcessPoolExecutor(WORKERS, context) as pool:
+        list(pool.map(_write_inputs, [folder] * shards, names))
+        list(pool.map(_copy, [folder] * WORKERS, [half[:1] for half in halves]))  # imports done, files seen
+
+        def copy_all() -> float:
+            started = time.perf_counter()
+            list(pool.map(_copy, [folder] * WORKERS, halves))
+            return time.perf_counter() - started
+
+        before = copy_all()
+        seconds, peak, rows = run_alone(_merge_on_a_cluster, folder, shards)
+        plain = (before + copy_all()) / 2
+    one_shard = ROWS * DIMENSIONS * 4
+    size = 2 * shards * one_shard / 1e9
+    return [
+        Figure(
+            f"merge of {rows:,} rows × {DIMENSIONS} in {shards} shards, {WORKERS} workers, by plain pyarrow reading "
+            "and writing the same bytes",
+            "≥ 0.60",
+            f"{plain / seconds:.2f} ({seconds:.1f} s, {size / seconds:.2f} GB/s; pyarrow {plain:.1f} s)",
+        ),
+        Figure("memory a worker took for it, in shards", "< 3", f"{peak / one_shard:.2f}"),
+    ]
+
+
+def _columns(name: str, rows: int) -> dict[str, Any]:
+    keys = [f"{name}{row:06}" for row in range(rows)]
+    captions = [f"a photograph of something that is number {key}" for key in keys]
+    return {"key": keys, "url": [f"https://example.org/{key}.jpg" for key in keys], "caption": captions}
+
+
+def _write_inputs(folder: str, name: str, rows: int = ROWS) -> Shard:
+    """A shard's metadata, its rows in another order than its vectors, and its embeddings; its tar is never read."""
+    rng = np.random.default_rng(int(name))
+    data, output = Path(folder, "data"), Path(folder, "out")
+    for path in (data, output / "embeddings"):
+        path.mkdir(parents=True, exist_ok=True)
+    (data / f"{name}.tar").write_bytes(b"\0" * 1024)
+    table = pa.table(_columns(name, rows))
+    pq.write_table(table, data / f"{name}.parquet")
+    shard = _shard(folder, name)
+    vectors = rng.standard_normal((rows, DIMENSIONS), np.float32)
+    record = EmbeddingRecord(embedding_key(shard, "e", "key"), "e", rows, rows, {}, DIMENSIONS)
+    embeddings = pa.table({"id": table["key"].take(rng.permutation(rows)), "image_embedding": vector_array(vectors)})
+    embeddings = embeddings.cast(with_record(embeddings.schema, record))
+    write_vectors(embeddings, str(output / shard.embeddings_file), "image_embedding")
+    return shard
+
+
+def _shard(folder: str, name: str) -> Shard:
+    return Shard(name, f"{folder}/data", f"{folder}/out", 1024, "1024-1", "1-1")
+
+
+def _copy(folder: str, names: Sequence[str]) -> None:
+    """What reading and writing the same bytes takes: no join, no checksums, the fastest settings."""
+    pa.set_cpu_count(1)
+    Path(folder, "plain").mkdir(exist_ok=True)
+    for name in names:
+        metadata = pq.read_table(Path(folder, "data", f"{name}.parquet"))
+        embeddings = pq.read_table(Path(folder, "out", "embeddings", f"{name}.parquet"))
+        table = metadata.append_column("image_embedding", embeddings.column(1))
+        pq.write_table(
+            table,
+            Path(folder, "plain", f"{name}.parquet"),
+            row_group_size=rows_a_group(DIMENSIONS),
+            compression={"key": "zstd", "url": "zstd", "caption": "zstd", "image_embedding.list.element": "none"},
+            use_dictionary=metadata.column_names,
+            write_statistics=metadata.column_names,
+        )
+
+
+def _merge_on_a_cluster(folder: str, count: int) -> tuple[float, int, int]:
+    """Seconds, the most memory that a worker took beyond what it had, and rows."""
+    from distributed import Client, LocalCluster
+
+    from tasks.merge import merge_group
+
+    shards = [_shard(folder, f"{number:05}") for number in range(count)]
+    with (
+        LocalCluster(WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=40) as cluster,
+        Client(cluster) as client,
+    ):
+        client.run(_one_core)
+        small = [_write_inputs(f"{folder}/small", f"{number:05}", rows=10) for number in range(4 * WORKERS)]
+        merge_group(small, OPTIONS, "pandas", client)  # what is imported is no shard
+        before = client.run(_reset_peak)
+        started = time.perf_counter()
+        records = merge_group(shards, OPTIONS, "pandas", client)
+        seconds = time.perf_counter() - started
+        after = client.run(_peak)
+    return seconds, max(after[worker] - before[worker] for worker in after), sum(record.rows for record in records)
+
+
+def _one_core() -> None:
+    """Let a worker's Arrow have the one core that is its own."""
+    pa.set_cpu_count(1)
+
+
+def _reset_peak() -> int:
+    """Forget the process's peak of memory; bytes that it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+# --- index ------------------------------------------------------------------------------------------------------------
+
+
+def index(folder: str, tars: int = INDEXED_TARS) -> list[Figure]:
+    """Index files of tars, by DALI's script and by ours, and what of the tars had to be read."""
+    paths = [Path(folder, "tars", f"{number:05}.tar") for number in range(tars)]
+    paths[0].parent.mkdir()
+    _write_tar(paths[0])
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    os.sync()
+    seconds = [_time_indexing(folder), _time_wds2idx(paths)]
+    samples = tars * INDEXED_SAMPLES
+    return [
+        Figure(
+            f"index files of {tars} tars of {INDEXED_SAMPLES} samples, by DALI's wds2idx script",
+            "≥ 10",
+            f"{seconds[1] / seconds[0]:.1f} ({samples / seconds[0]:,.0f} samples/s to {samples / seconds[1]:,.0f})",
+        ),
+        Figure("share of a cold tar's pages read for its index", "headers only", f"{_share_read(folder):.3f}"),
+    ]
+
+
+def _write_tar(path: Path) -> None:
+    image = np.random.default_rng(0).bytes(IMAGE_BYTES)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(INDEXED_SAMPLES):
+            caption = json.dumps({"key": f"{number:09}", "caption": "a photograph"}).encode()
+            for extension, data in (("jpg", image), ("txt", b"a photograph"), ("json", caption)):
+                member = tarfile.TarInfo(f"{number:09}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _time_indexing(folder: str) -> float:
+    """Seconds for the index files of all tars, in one process that is there, as a worker is."""
+    from tasks.index import index_tar
+
+    shards = find_shards(f"{folder}/tars", f"{folder}/indexed")
+    index_tar(shards[0], shards[0].source.path(shards[0].tar), keep=False)
+    started = time.perf_counter()
+    for shard in shards:
+        index_tar(shard, shard.source.path(shard.tar), keep=True)
+    return time.perf_counter() - started
+
+
+def _time_wds2idx(paths: Sequence[Path]) -> float:
+    """Seconds for DALI's script, run on one tar after the other as its documentation has it."""
+    script = shutil.which("wds2idx", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") or "wds2idx"
+    started = time.perf_counter()
+    for path in paths:
+        command = [script, str(path), str(path.with_suffix(".idx"))]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def _share_read(folder: str) -> float:
+    """The share of a tar's pages that are in memory after it was dropped from there and indexed."""
+    from tasks.index import index_tar
+
+    shard = find_shards(f"{folder}/tars", f"{folder}/indexed")[0]
+    path = shard.source.path(shard.tar)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _resident(file.fileno(), shard.tar_bytes) > 0.01:
+            return float("nan")  # this file system does not let go of it
+        index_tar(shard, path, keep=False)
+        return _resident(file.fileno(), shard.tar_bytes)
+
+
+def _resident(descriptor: int, size: int) -> float:
+    """The share of a file's pages that are in memory."""
+    data = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    pages = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+    start = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages)
+    return sum(byte & 1 for byte in pages) / len(pages)
+
+
+# --- plan and rerun ---------------------------------------------------------------------------------------------------
+
+
+def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]:
+    """How long the plan of an output takes in which every shard is done, and what it holds in memory."""
+    figures = []
+    for count, asked in zip(counts, ("< 10 s, < 500 MB", "< 90 s"), strict=False):
+        make_finished(Path(folder, f"finished-{count}"), count)
+        seconds, peak, left = run_alone(_plan, f"{folder}/finished-{count}")
+        measured = f"{seconds:.1f} s, {peak / 1e6:.0f} MB in all, {left} left to do"
+        figures.append(Figure(f"plan over {count:,} finished shards", asked, measured))
+    return figures
+
+
+def make_finished(folder: Path, count: int) -> None:
+    """A dataset and an output of finished shards that hold next to nothing; their footers are as long as real ones."""
+    fingerprint = _embedder().fingerprint()
+    digested = digest(fingerprint)
+    for name in ("data", "out/embeddings", "out/metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    metadata, column = pa.table({"key": ["a"], "caption": ["x"]}), vector_array(np.zeros((1, 64), np.float32))
+    tar, parquet = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as written:
+        written.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    pq.write_table(metadata, parquet)
+    for number in range(count):
+        (folder / f"data/{number:06}.tar").write_bytes(tar.getvalue())
+        (folder / f"data/{number:06}.parquet").write_bytes(parquet.getvalue())
+    shards = find_shards(str(folder / "data"), str(folder / "out"))
+    options = replace(OPTIONS, schema=metadata.schema, dimensions=64, embedder=fingerprint)
+    embeddings, merged = pa.table({"id": ["a"], OPTIONS.column: column}), metadata.append_column(OPTIONS.column, column)
+    known = EmbeddingRecord("", digested, 1, 1, {}, 64, "exact", versions())
+    notes = footer(merged.schema, describe(OPTIONS.column, options.form, fingerprint, 64, known))
+    for shard in shards:
+        record = replace(known, key=embedding_key(shard, digested, "key"))
+        _write_small(embeddings, record, f"{shard.output}/{shard.embeddings_file}")
+        done = MergeRecord(merged_key(shard, record, options), 1, 0, 0)
+        _write_small(merged.replace_schema_metadata(notes), done, f"{shard.output}/{shard.merged_file}")
+    finish_dataset(make_plan(shards, digested, options), fingerprint)
+
+
+def _write_small(table: pa.Table, record: EmbeddingRecord | MergeRecord, path: str) -> None:
+    pq.write_table(table.cast(with_record(table.schema, record)), path)
+
+
+def _embedder() -> TimmImageEmbedder:
+    return TimmImageEmbedder("test_vit.r160_in1k", pretrained=False)
+
+
+def _plan(folder: str) -> tuple[float, int, int]:
+    """Seconds, the process's peak of memory, and shards left to do, of what the command does before its flow."""
+    from flows.config import EmbedConfig
+    from flows.work import prepare
+
+    started = time.perf_counter()
+    work = prepare(_config(EmbedConfig, folder), None)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, peak, len(work.plan.to_embed) + len(work.plan.to_merge)
+
+
+def _config(kind: Any, folder: str) -> Any:
+    return kind(
+        dataset=f"{folder}/data",
+        output=f"{folder}/out",
+        model_name="test_vit.r160_in1k",
+        pretrained=False,
+        device="cpu",
+    )
+
+
+def rerun(folder: str, count: int = 10_000) -> list[Figure]:
+    """The command over an output in which every shard is done: by itself, and with a Prefect server that is told."""
+    finished = Path(folder, f"finished-{count}")
+    if not finished.exists():
+        make_finished(finished, count)
+    seconds = _time_command(finished)
+    with_server = _time_command_with_a_server(finished)
+    what = f"the whole command over {count:,} finished shards"
+    return [
+        Figure(what, "< 30 s", f"{seconds:.1f} s"),
+        Figure(f"{what}, a server told", "< 30 s", f"{with_server:.1f} s"),
+    ]
+
+
+def _time_command(finished: Path) -> float:
+    command = [sys.executable, "-m", "flows.embed", f"{finished}/data", "--output", f"{finished}/out", "--json"]
+    command += ["--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu", "--quiet"]
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    manifest = json.loads(done.stdout)
+    assert manifest["shards_cached"] == manifest["shards"], manifest
+    return seconds
+
+
+def _time_command_with_a_server(finished: Path) -> float:
+    from flows.server import prefect_server
+
+    with tempfile.TemporaryDirectory(prefix="prefect-") as home:
+        before = dict(os.environ)
+        os.environ["PREFECT_HOME"] = home
+        os.environ["PREFECT_API_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{home}/prefect.db"
+        try:
+            with prefect_server():
+                return _time_command(finished)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+PARTS = {"merge": merge, "index": index, "plan": plan, "rerun": rerun}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="one of them; by default all")
+    parser.add_argument("--shards", type=int, help="instead of what the part usually has")
+    parser.add_argument("--folder", help="where files are made; by default a temporary folder")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="merge-", dir=args.folder) as folder:
+        figures: list[Figure] = []
+        for part in args.part or PARTS:
+            counts: Any = [] if args.shards is None else [(args.shards,) if part == "plan" else args.shards]
+            figures += PARTS[part](folder, *counts)  # type: ignore[operator]
+    print("| what | asked | measured |\n|---|---|---|")
+    for figure in figures:
+        print(f"| {figure.what} | {figure.asked} | {figure.measured} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

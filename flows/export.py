@@ -1,0 +1,81 @@
+"""`python -m flows.export OUT --format npy|faiss|lance`: a finished dataset in the layouts of other tools."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import App, CycloptsError
+
+from embedders.errors import InputError, MalformedShard
+from flows.cli import one_line
+from tasks.export import WRITERS, Dtype, Exported, whole_folder
+from tasks.storage import Folder
+
+app = App(
+    name="python -m flows.export",
+    help="Write a dataset that flows.embed made in the layout of another tool.",
+    help_format="plaintext",
+    version_flags=[],
+)
+
+
+@app.default
+def export(
+    output: str,
+    *,
+    format: Literal["npy", "faiss", "lance"],
+    to: Path | None = None,
+    dtype: Dtype = "float32",
+    rows_per_file: int = 1_000_000,
+    index: Literal["auto", "flat", "ivf"] = "auto",
+) -> Path:
+    """Write a dataset that flows.embed made in the layout of another tool.
+
+    Parameters
+    ----------
+    output
+        The --output of a run of flows.embed.
+    format
+        npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as clip-retrieval and autofaiss have them;
+        faiss: vectors.index and ids.parquet; lance: data.lance.
+    to
+        The folder to write, OUT/export/FORMAT by default. An earlier export there is replaced when this one is whole.
+    dtype
+        Of the values in npy and lance.
+    rows_per_file
+        Rows of each pair of files, for npy.
+    index
+        For faiss: flat is exact and in memory, ivf searches parts and stays on disk; auto is flat up to 4 GiB.
+    """
+    if rows_per_file < 1:
+        raise InputError(f"--rows-per-file: give at least 1, not {rows_per_file}")
+    if to is None and not Folder(output).is_local:
+        raise InputError(f"{output}: not on a local disk; give --to FOLDER")
+    target = (to if to is not None else Path(Folder(output).path(f"export/{format}"))).resolve()
+    options: dict[str, dict[str, Any]] = {
+        "npy": {"dtype": dtype, "rows_per_file": rows_per_file},
+        "faiss": {"kind": index},
+        "lance": {"dtype": dtype},
+    }
+    dataset = Exported.open(output)
+    with whole_folder(target, {"format": format, "from": dataset.folder.url, **options[format]}) as folder:
+        rows = WRITERS[format](dataset, folder, **options[format])
+    print(f"{rows:,} of {dataset.rows:,} rows have a vector and are in {target}", file=sys.stderr)
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError, MalformedShard, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
