@@ -133,6 +133,8 @@ def rows(fs: Any, folder: str) -> dict[str, list[dict[str, Any]]]:
     """What the merged files of an output hold, by name."""
     found = {}
     for path in fs.find(folder):
+        if path.endswith("/_common_metadata"):  # the schema of them all
+            continue
         with fs.open(path) as file:
             found[path.rpartition("/")[2]] = pq.read_table(file).to_pylist()
     return found
