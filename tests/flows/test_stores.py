@@ -174,7 +174,9 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
     names = {path.removeprefix("bucket/out/") for path in client(store).find("bucket/out")}
     kinds = {"embeddings": "parquet", "metadata": "parquet", "index": "idx"}
     assert names == {f"{kind}/{shard.name}.{end}" for kind, end in kinds.items() for shard in shards} | {
+        "README.md",
         "manifest.json",
+        "metadata/_common_metadata",
         "quarantine/00000.parquet",
     }
 
