@@ -9,13 +9,13 @@ are written first and read from memory: disks are not what is measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import io
 import json
 import mmap
 import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -182,7 +182,7 @@ def _status(name: str) -> int:
 def index(folder: str, tars: int = INDEXED_TARS) -> list[Figure]:
     """Index files of tars, by DALI's script and by ours, and what of the tars had to be read."""
     paths = [Path(folder, "tars", f"{number:05}.tar") for number in range(tars)]
-    paths[0].parent.mkdir()
+    paths[0].parent.mkdir(exist_ok=True)
     _write_tar(paths[0])
     for path in paths[1:]:
         shutil.copy(paths[0], path)
@@ -262,9 +262,11 @@ def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]
     """How long the plan of an output takes in which every shard is done, and what it holds in memory."""
     figures = []
     for count, asked in zip(counts, ("< 10 s, < 500 MB", "< 90 s"), strict=False):
-        make_finished(Path(folder, f"finished-{count}"), count)
-        seconds, peak, left = run_alone(_plan, f"{folder}/finished-{count}")
-        measured = f"{seconds:.1f} s, {peak / 1e6:.0f} MB in all, {left} left to do"
+        if not Path(folder, f"finished-{count}/out/manifest.json").exists():
+            make_finished(Path(folder, f"finished-{count}"), count)
+        seconds, taken, peak, left = run_alone(_plan, f"{folder}/finished-{count}")
+        memory = f"{taken / 1e6:.0f} MB on top of the {(peak - taken) / 1e6:.0f} MB of the imports"
+        measured = f"{seconds:.1f} s, {memory}, {left} left to do"
         figures.append(Figure(f"plan over {count:,} finished shards", asked, measured))
     return figures
 
@@ -294,6 +296,7 @@ def make_finished(folder: Path, count: int) -> None:
         done = MergeRecord(merged_key(shard, record, options), 1, 0, 0)
         _write_small(merged.replace_schema_metadata(notes), done, f"{shard.output}/{shard.merged_file}")
     finish_dataset(make_plan(shards, digested, options), fingerprint)
+    (folder / "out/manifest.json").write_text("{}\n")
 
 
 def _write_small(table: pa.Table, record: EmbeddingRecord | MergeRecord, path: str) -> None:
@@ -304,16 +307,16 @@ def _embedder() -> TimmImageEmbedder:
     return TimmImageEmbedder("test_vit.r160_in1k", pretrained=False)
 
 
-def _plan(folder: str) -> tuple[float, int, int]:
-    """Seconds, the process's peak of memory, and shards left to do, of what the command does before its flow."""
+def _plan(folder: str) -> tuple[float, int, int, int]:
+    """Of what the command does before its flow: seconds, memory it took, all of the process's, shards left to do."""
     from flows.config import EmbedConfig
     from flows.work import prepare
 
+    _embedder().fingerprint()  # imports torch and timm, which any run needs
+    before = _reset_peak()
     started = time.perf_counter()
     work = prepare(_config(EmbedConfig, folder), None)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds, peak, len(work.plan.to_embed) + len(work.plan.to_merge)
+    return time.perf_counter() - started, _peak() - before, _peak(), len(work.plan.to_embed) + len(work.plan.to_merge)
 
 
 def _config(kind: Any, folder: str) -> Any:
@@ -329,7 +332,7 @@ def _config(kind: Any, folder: str) -> Any:
 def rerun(folder: str, count: int = 10_000) -> list[Figure]:
     """The command over an output in which every shard is done: by itself, and with a Prefect server that is told."""
     finished = Path(folder, f"finished-{count}")
-    if not finished.exists():
+    if not (finished / "out/manifest.json").exists():
         make_finished(finished, count)
     seconds = _time_command(finished)
     with_server = _time_command_with_a_server(finished)
@@ -374,9 +377,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="one of them; by default all")
     parser.add_argument("--shards", type=int, help="instead of what the part usually has")
-    parser.add_argument("--folder", help="where files are made; by default a temporary folder")
+    parser.add_argument("--folder", help="where files are made and stay, for another time; by default a temporary one")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="merge-", dir=args.folder) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-"))
         figures: list[Figure] = []
         for part in args.part or PARTS:
             counts: Any = [] if args.shards is None else [(args.shards,) if part == "plan" else args.shards]

@@ -8,6 +8,7 @@ and the vectors themselves stay Arrow from file to file, whatever types they hav
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ SHARDS_A_TASK = 1000
 EXAMPLES = 3
 """Ids without a partner that a record names."""
 
-ID, ROW, PLACE = "id", "row", "place"
+ID, ROW, PLACE, LINE = "id", "row", "place", "line"
 NUMBERS = pa.array([], pa.int64())
 TEXT = pa.array([], pa.string())
 
@@ -55,17 +56,20 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     with dask.config.set({"dataframe.backend": backend}):
         some_rows = to_frame(pa.table({ID: TEXT, ROW: NUMBERS}), backend)
         some_places = to_frame(pa.table({ID: TEXT, PLACE: NUMBERS}), backend)
+        one_line = to_frame(pa.table({LINE: TEXT}), backend)
         rows = dd.from_map(rows_of, shards, options=options, backend=backend, meta=some_rows)
         places = dd.from_map(places_of, shards, backend=backend, meta=some_places)
-        joined = rows.map_partitions(join, places, meta=join(some_rows, some_places), align_dataframes=False)
-        parts = zip(joined.to_delayed(), shards, strict=True)
-        written = [dask.delayed(write_merged)(part, shard, options) for part, shard in parts]
-        futures = client.compute(written)
+        named = dd.from_map(line_of, shards, backend=backend, meta=one_line)
+        # One task a shard: reading ids, joining and writing are one partition's.
+        written = rows.map_partitions(
+            merge_partition, places, named, options, backend, meta=one_line, align_dataframes=False
+        )
+        futures = client.compute(written.to_delayed())
     records, failures = [], []
     for shard, future in zip(shards, futures, strict=True):
         error = future.exception()
         if error is None:
-            records.append(MergeRecord(**future.result()))
+            records.append(MergeRecord(**read_line(future.result())))
         else:
             failures.append(ShardFailure.of(shard.name, error))
         future.release()
@@ -85,6 +89,32 @@ def places_of(shard: Shard, backend: str) -> Any:
     with arrow_file(shard.target, shard.embeddings_file) as file:
         ids = pq.read_table(file, columns=["id"], page_checksum_verification=True).column(0)
     return to_frame(pa.table({ID: ids, PLACE: np.arange(len(ids))}), backend)
+
+
+def line_of(shard: Shard, backend: str) -> Any:
+    """What a partition is told of its shard: a frame of one line of JSON."""
+    return to_line(asdict(shard), backend)
+
+
+def to_line(value: dict[str, Any], backend: str) -> Any:
+    """Plain JSON as a frame of one line."""
+    return to_frame(pa.table({LINE: [json.dumps(value)]}), backend)
+
+
+def read_line(frame: Any) -> dict[str, Any]:
+    """What `to_line` was given."""
+    return dict(json.loads(to_table(frame).column(LINE)[0].as_py()))
+
+
+def to_table(frame: Any) -> pa.Table:
+    """A frame of either backend as an Arrow table."""
+    return frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def merge_partition(rows: Any, places: Any, named: Any, options: MergeOptions, backend: str) -> Any:
+    """Join a shard's ids and write its file; its record as a frame of one line."""
+    record = write_merged(join(rows, places), Shard(**read_line(named)), options)
+    return to_line(asdict(record), backend)
 
 
 def to_frame(table: pa.Table, backend: str) -> Any:
@@ -155,13 +185,13 @@ class Joined:
             yield pa.table([*part.columns, array], schema=schema)
 
 
-def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> dict[str, Any]:
-    """Write a shard's rows with their vectors as the shard's file; its record as plain JSON.
+def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> MergeRecord:
+    """Write a shard's rows with their vectors as the shard's file.
 
     :param frame: what `join` gave.
     :raises InputError: rows and images hardly have an id in common, or a value does not fit the dataset's schema.
     """
-    numbers = frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    numbers = to_table(frame)
     rows, places = (numbers.column(name).to_numpy() for name in (ROW, PLACE))
     embedding = read_embedding_record(shard.target, shard.embeddings_file)
     if embedding is None:
@@ -190,7 +220,7 @@ def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> dict[str, A
 
     folder.write(name, save)
     pa.default_memory_pool().release_unused()
-    return asdict(record)
+    return record
 
 
 def _gathered(

@@ -195,12 +195,13 @@ def plan_in_one_schema(
     return make_plan(shards, embedder, replace(options, schema=schema), **how)
 
 
-def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer | None], T]) -> list[T]:
+def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer | None], T | None]) -> list[T | None]:
     """The record of each shard's file in a folder, or None; one listing, then footers in bulk."""
     there = {file.name: file for file in folder.list(".parquet")}
     names = [f"{shard.name}.parquet" for shard in shards]
     footers = read_footers(folder, [there[name] for name in names if name in there])
-    return [record(footers.get(name)) for name in names]
+    found = {name: record(footer) for name, footer in footers}
+    return [found.get(name) for name in names]
 
 
 def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -307,11 +307,14 @@ def read_part_record(folder: Folder, name: str) -> PartRecord | None:
     return record if found and record and record.rows == found[1] else None
 
 
-def read_footers(folder: Folder, files: Sequence[FileInfo]) -> dict[str, Footer]:
-    """The Parquet footers of many files by name, one request each; files without a whole one are left out."""
-    tails = folder.read_tails(files, FOOTER_BYTES)
-    found = {file.name: _footer(folder, file.name, tail) for file, tail in tails}
-    return {name: footer for name, footer in found.items() if footer is not None}
+def read_footers(folder: Folder, files: Sequence[FileInfo]) -> Iterator[tuple[str, Footer]]:
+    """The Parquet footers of many files with their names, one request each; files without a whole one are left out.
+
+    One after the other: a footer takes some ten kilobytes, of which a plan needs one.
+    """
+    for file, tail in folder.read_tails(files, FOOTER_BYTES):
+        if (footer := _footer(folder, file.name, tail)) is not None:
+            yield file.name, footer
 
 
 def _read_footer(folder: Folder, name: str) -> Footer | None:
