@@ -152,7 +152,7 @@ def arrow_file(folder: Folder, name: str) -> Iterator[Any]:
 class Joined:
     """A shard's metadata and vectors, and which belong together: row `rows[i]` gets vector `places[i]`.
 
-    `rows` ascends. `vectors` is (n, dimensions) float32, `ids` are its rows' ids.
+    `rows` ascends. `vectors` is (n, dimensions) float32, its thread's until the next; `ids` are its rows' ids.
     """
 
     metadata: pa.Table
@@ -219,7 +219,6 @@ def write_merged(frame: Any, shard: Shard, options: MergeOptions) -> MergeRecord
             _like_the_old(folder, name, path)
 
     folder.write(name, save)
-    pa.default_memory_pool().release_unused()
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -85,12 +86,13 @@ def _flat(vectors: np.ndarray) -> pa.Array:
 def read_vectors(file: Any, column: str, dimensions: int) -> np.ndarray:
     """A column of vectors of an open Parquet file, (rows, dimensions) float32; page checksums are verified.
 
-    Batch by batch into one matrix: read as a whole, the column takes several times its size while it is decoded.
+    Batch by batch into one matrix: read as a whole, the column takes several times its size while it is decoded. The
+    matrix is this thread's, and holds until it reads the next one.
 
     :raises MalformedShard: a vector is null or has other dimensions.
     """
     parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=READ_BYTES, pre_buffer=False)
-    matrix = np.empty((parquet.metadata.num_rows, dimensions), np.float32)
+    matrix = _scratch("read", parquet.metadata.num_rows, dimensions)
     batch_rows, at = max(1, READ_BYTES // (4 * max(dimensions, 1))), 0
     for batch in parquet.iter_batches(batch_rows, columns=[column], use_threads=False):
         vectors = batch.column(0)
@@ -103,10 +105,24 @@ def read_vectors(file: Any, column: str, dimensions: int) -> np.ndarray:
 
 
 def take_rows(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Some rows of a matrix in any order; not copied where they lie next to each other."""
+    """Some rows of a matrix in any order: a view where they adjoin, else this thread's until it takes the next."""
     if len(places) and (np.diff(places) == 1).all():
         return matrix[places[0] : places[0] + len(places)]
-    return np.asarray(matrix[places])
+    return np.take(matrix, places, axis=0, out=_scratch("take", len(places), matrix.shape[1]), mode="clip")
+
+
+def _scratch(name: str, rows: int, dimensions: int) -> np.ndarray:
+    """A matrix in memory of this thread that is used again: fresh pages cost more than what is copied into them."""
+    size = rows * dimensions
+    kept: np.ndarray | None = getattr(_kept, name, None)
+    if kept is None or len(kept) < size:
+        setattr(_kept, name, None)  # not both at once
+        kept = np.empty(size, np.float32)
+        setattr(_kept, name, kept)
+    return kept[:size].reshape(rows, dimensions)
+
+
+_kept = threading.local()
 
 
 def write_vectors(table: pa.Table, path: str, column: str, encoding: str = "plain") -> None:
