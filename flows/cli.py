@@ -1,6 +1,6 @@
 """The command line.
 
-Exit status 0: every sample is accounted for; 1: some shards failed; 2: the call is wrong; 130 and 143: it was stopped.
+Exit status 0: every sample is accounted for; 1: some shards failed, or the vectors are wrong; 2: the call is wrong; 130 and 143: it was stopped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def embed_command(
         print(f"failed: {shard}: {why}", file=sys.stderr)
     if manifest.failures:
         print(f"{manifest.shards_failed} shards failed; this does only those: {manifest.finish_with}", file=sys.stderr)
-    return 1 if manifest.failures else 0
+    for what in manifest.wrong:
+        print(f"warning: the vectors look wrong: {what}", file=sys.stderr)
+    return 1 if manifest.failures or manifest.wrong else 0
 
 
 def _hush() -> None:
