@@ -1,6 +1,7 @@
 """The command line.
 
-Exit status 0: every sample is accounted for; 1: some shards failed, or the vectors are wrong; 2: the call is wrong; 130 and 143: it was stopped.
+Exit status 0: every sample is accounted for; 1: some shards failed, or the vectors are wrong as a whole;
+2: the call is wrong; 130 and 143: it was stopped.
 """
 
 from __future__ import annotations
