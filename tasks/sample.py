@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageFile
 
 from embedders.errors import MalformedShard
 from embedders.webdataset import Component, map_tar, parse_index, printable, read_tar
@@ -120,14 +120,15 @@ class Pictures:
 def data_url(encoded: bytes, side: int) -> str | None:
     """A WebP thumbnail of an encoded image as a data URL; None for what Pillow cannot show, even in part."""
     out = io.BytesIO()
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True  # what there is of it is shown
     try:
         image = Image.open(io.BytesIO(encoded))
         image.draft("RGB", (side * 2, side * 2))
-        with contextlib.suppress(OSError):  # a truncated image shows what there is
-            image.load()
         thumbnail = image.convert("RGB")
         thumbnail.thumbnail((side, side))
         thumbnail.save(out, "WEBP", quality=55)
     except Exception:  # whatever a broken file makes a decoder raise
         return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
