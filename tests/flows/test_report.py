@@ -118,7 +118,7 @@ def test_the_page_opens_hovers_and_logs_no_error(copied: Path) -> None:
         webdriver.ActionChains(driver).move_to_element(point).pause(0.5).perform()
         hover = driver.find_element(By.ID, "hover")
         WebDriverWait(driver, 10).until(lambda d: hover.is_displayed())
-        assert hover.find_element(By.TAG_NAME, "img").get_property("naturalWidth") > 0
+        assert int(str(hover.find_element(By.TAG_NAME, "img").get_property("naturalWidth"))) > 0
         errors = [entry for entry in driver.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}]
         assert not errors
     finally:
