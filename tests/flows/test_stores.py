@@ -173,6 +173,7 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
     kinds = {"embeddings": "parquet", "metadata": "parquet", "index": "idx"}
     assert names == {f"{kind}/{shard.name}.{end}" for kind, end in kinds.items() for shard in shards} | {
         "manifest.json",
+        "report.html",
         "quarantine/00000.parquet",
     }
 
