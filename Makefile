@@ -46,6 +46,10 @@ chaos: $(STAMP)  ## run the tests that kill workers and servers in the middle of
 fuzz: $(STAMP)  ## fuzz the reading of tars for four minutes; ARGS=-max_total_time=60 changes that
 	@$(BIN)/python -m tests.fuzz_tar -max_total_time=240 -print_final_stats=1 $(ARGS)
 
+.PHONY: browser
+browser: $(STAMP)  ## open the report in Chromium, which must be installed
+	@$(BIN)/python -m pytest -m browser $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The command line.
 
-Exit status 0: every sample is accounted for; 1: some shards failed; 2: the call is wrong; 130 and 143: it was stopped.
+Exit status 0: every sample is accounted for; 1: some shards failed, or the vectors are wrong as a whole;
+2: the call is wrong; 130 and 143: it was stopped.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def embed_command(
     from flows.progress import Silent, Terminal
 
     manifest = run(config, None, Silent() if quiet else Terminal())
+    _show_in_a_page(manifest.output)
     if json_:
         print(json.dumps(manifest.model_dump(mode="json")))
     elif not quiet:
@@ -66,7 +68,19 @@ def embed_command(
         print(f"failed: {shard}: {why}", file=sys.stderr)
     if manifest.failures:
         print(f"{manifest.shards_failed} shards failed; this does only those: {manifest.finish_with}", file=sys.stderr)
-    return 1 if manifest.failures else 0
+    for what in manifest.wrong:
+        print(f"warning: the vectors look wrong: {what}", file=sys.stderr)
+    return 1 if manifest.failures or manifest.wrong else 0
+
+
+def _show_in_a_page(output: str) -> None:
+    """Write report.html; that it cannot be made costs no run its status."""
+    from flows.report import write_report
+
+    try:
+        write_report(output)
+    except Exception as error:
+        print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _hush() -> None:
@@ -107,6 +121,7 @@ def _tell(manifest: Any) -> None:
     console.print(f"dataset:    {manifest.metadata}/*.parquet")
     console.print(f"quarantine: {manifest.output}/quarantine/*.parquet")
     console.print(f"account:    {manifest.output}/manifest.json")
+    console.print(f"report:     {manifest.output}/report.html")
 
 
 def main(arguments: Sequence[str]) -> int:

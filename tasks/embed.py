@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import threading
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ from embedders.engine import EmbeddedShard, QuarantinedSample
 from embedders.errors import MalformedShard
 from embedders.webdataset import OpenShard, map_tar
 from tasks.aside import aside
+from tasks.checks import measure_vectors
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import describe_local
 from tasks.shards import (
@@ -239,6 +242,9 @@ def write_embeddings(
         dimensions=embedded.vectors.shape[1],
         decoder=embedder.decoder,
         versions=versions(),
+        vectors=measure_vectors(embedded.vectors),
+        work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)},
+        worker=f"{platform.node()}:{os.getpid()}",
     )
     if not record.balanced:
         raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")

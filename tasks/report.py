@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
+from tasks.checks import check_vectors
 from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
 from tasks.metadata import MISMATCH_WARNED
@@ -45,6 +46,7 @@ class Manifest(BaseModel):
     model: str
     output: str
     metadata: str = Field("", description="The folder with the merged dataset.")
+    dataset: str = ""
     quarantined_by_reason: dict[str, int] = {}
     rows: int = Field(0, description="Rows of the merged metadata.")
     rows_without_embedding: int = 0
@@ -57,6 +59,7 @@ class Manifest(BaseModel):
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
     decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
     versions: dict[str, str] = {}
+    wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
 
 
 def account(
@@ -90,6 +93,7 @@ def account(
         model=str(embedder.get("model", embedder.get("embedder", ""))),
         output=plan.shards[0].output,
         metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
+        dataset=plan.shards[0].dataset,
         quarantined_by_reason=dict(sorted(reasons.items())),
         rows=sum(record.rows for record in merges),
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
@@ -102,6 +106,7 @@ def account(
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         versions=records[0].versions if records else {},
+        wrong=check_vectors(plan.embedded, embedder),
     )
 
 

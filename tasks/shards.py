@@ -108,6 +108,12 @@ class EmbeddingRecord:
     dimensions: int
     decoder: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, float] = field(default_factory=dict)
+    """See `tasks.checks.measure_vectors`."""
+    work: dict[str, float] = field(default_factory=dict)
+    """When the shard was begun and ended, in seconds since 1970."""
+    worker: str = ""
+    """The machine and the process that did it."""
 
     @property
     def version(self) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedders import ImageEmbedder
+from embedders.webdataset import open_shard
 from flows.cli import main
 from flows.demo_data import load_photograph
 
@@ -187,3 +191,27 @@ def test_several_images_need_a_choice(server: str, capsys: pytest.CaptureFixture
     assert main([*call, "--image-component", "right.png"]) == 0
     rows = pq.read_table(tmp_path / "out/metadata").to_pylist()
     assert [row["key"] for row in rows] == [f"nested/{number:03}" for number in range(4)]
+
+
+class Constant(ImageEmbedder):
+    """Gives every image one and the same vector, as a model without weights may."""
+
+    def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        ids = open_shard(tar_path).ids
+        yield len(ids), [{"key": sample_id} for sample_id in ids]
+
+    def load_embedding_model(self, device: str) -> Callable[[int], np.ndarray]:
+        return lambda count: np.ones((count, 8), np.float32)
+
+
+def test_vectors_that_are_all_alike_end_with_1_every_time(
+    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.config.load_embedder", lambda name: Constant())
+    call = [str(dataset), "--output", str(tmp_path / "out"), "--embedder", "any:Constant", "--device", "cpu", "--quiet"]
+    for _ in range(2):
+        assert main(call) == 1
+        assert "all vectors of a shard are alike" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["shards_failed"] == 0
+    assert len(manifest["wrong"]) == 1

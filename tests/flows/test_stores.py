@@ -177,6 +177,7 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
         "README.md",
         "manifest.json",
         "metadata/_common_metadata",
+        "report.html",
         "quarantine/00000.parquet",
     }
 

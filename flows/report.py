@@ -1,0 +1,247 @@
+"""`python -m flows.report OUT`: one page that shows what an output holds; it needs no network to be looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from embedders.errors import InputError
+from tasks.checks import measure_vectors
+from tasks.report import MANIFEST, Manifest, read_quarantine
+from tasks.sample import Pictures, Sampled, sample_vectors
+from tasks.shards import EmbeddingRecord, embedding_record, read_footers
+from tasks.storage import Folder
+
+REPORT = "report.html"
+VECTORS = 6000
+MAP_POINTS = 1200
+QUERIES, NEIGHBOURS = 12, 6
+DUPLICATES, SAME = 24, 0.98
+QUARANTINED = 48
+SECONDS_A_BIN = 60
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.6em}h2{margin-top:2em;border-bottom:1px solid #ddd}td,th{padding:.15em 1em .15em 0;text-align:left;
+vertical-align:top}.wrong{background:#fdd;border-left:6px solid #c00;padding:.6em 1em}.row{display:flex;gap:8px;
+flex-wrap:wrap;margin:.4em 0}figure{margin:0;width:100px;font-size:11px;overflow-wrap:anywhere}
+figure img{max-width:96px;max-height:96px;display:block}#hover{position:fixed;right:16px;bottom:16px;background:#fff;
+border:1px solid #999;padding:6px;font-size:12px;display:none}"""
+HOVER = """<script>const pictures=%s,hover=document.getElementById('hover'),map=document.getElementById('map');
+map.on('plotly_hover',e=>{const p=e.points[0],u=pictures[p.pointIndex];hover.replaceChildren();
+if(u){const i=new Image();i.src=u;hover.append(i)}hover.append(p.text);hover.style.display='block'});
+map.on('plotly_unhover',()=>{hover.style.display='none'});</script>"""
+
+
+def write_report(output: str, seed: int = 0) -> str:
+    """Write report.html into an output; its place.
+
+    What is read does not grow with the dataset: footers apart, a few shards' vectors and some hundred images.
+
+    :raises InputError: the output has no manifest.
+    """
+    try:
+        import plotly.offline
+    except ImportError as error:
+        raise InputError("the report needs plotly: pip install plotly") from error
+    folder = Folder(output)
+    text = folder.read_text(MANIFEST)
+    if text is None:
+        raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
+    try:
+        manifest = Manifest(**json.loads(text))
+    except (ValueError, TypeError, ValidationError) as error:
+        raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
+    generator = np.random.default_rng(seed)
+    sampled = sample_vectors(folder, VECTORS, generator)
+    component = manifest.embedder.get("image_component")
+    pictures = Pictures(manifest.dataset, output, component) if manifest.dataset else None
+    parts = [_facts(manifest, sampled), _throughput(folder)]
+    if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
+        parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]
+    parts.append(_quarantine(folder, pictures))
+    head = f"<meta charset=utf-8><title>{html.escape(manifest.model)}</title><style>{STYLE}</style>"
+    page = f"<!doctype html><html lang=en><head>{head}<script>{plotly.offline.get_plotlyjs()}</script></head><body>"
+    folder.write_text(REPORT, f"{page}{''.join(parts)}</body></html>\n")
+    return f"{output.rstrip('/')}/{REPORT}"
+
+
+def _facts(manifest: Manifest, sampled: Sampled) -> str:
+    wrong = list(manifest.wrong)
+    if measure_vectors(sampled.vectors).get("nonfinite"):
+        wrong.append("NaN or infinite vectors in the sample that this page was made from")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.quarantined_by_reason.items())
+    facts = {
+        "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
+        "quarantined": reasons or "none",
+        "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
+        "rows": f"{manifest.rows:,}; {manifest.rows_without_embedding:,} without an embedding",
+        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
+        "dimensions": manifest.dimensions,
+        **manifest.embedder,
+        "decoded by": manifest.decoders,
+        "versions": manifest.versions,
+    }
+    rows = "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items())
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "embeddings/", "quarantine/"))
+    boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
+    failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
+    return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {it}" for name, it in value.items())
+    return html.escape(str(value))
+
+
+def _throughput(folder: Folder) -> str:
+    """Images a second over time by worker, from the times in the footers."""
+    embeddings = Folder(f"{folder.url.rstrip('/')}/embeddings")
+    footers = read_footers(embeddings, embeddings.list(".parquet"))
+    records = [record for footer in footers.values() if (record := embedding_record(footer)) and record.work]
+    if not records:
+        return ""
+    began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)
+    bins = int(min(max((ended - began) / SECONDS_A_BIN, 20), 200))
+    edges = np.linspace(began, max(ended, began + 0.01), bins + 1)
+    lines = {worker: np.zeros(bins) for worker in sorted({record.worker for record in records})}
+    for record in records:
+        lines[record.worker] += _rate(record, edges)
+    traces = [
+        {"type": "scatter", "mode": "lines", "name": worker, "x": (edges[:-1] - began).tolist(), "y": line.tolist()}
+        for worker, line in lines.items()
+    ]
+    axes = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": "images/s"}}}
+    return "<h2>Throughput by worker</h2>" + _plot("throughput", traces, axes)
+
+
+def _rate(record: EmbeddingRecord, edges: np.ndarray) -> np.ndarray:
+    """A shard's images a second in each bin, spread evenly over the time that it was in work."""
+    start, stop = record.work["began"], max(record.work["ended"], record.work["began"] + 0.01)
+    inside = np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
+    return np.asarray(inside / (stop - start) * record.samples / np.diff(edges))
+
+
+def _spread(sampled: Sampled) -> str:
+    norms = np.linalg.norm(sampled.vectors, axis=1)
+    deviations = np.sort(sampled.vectors.std(axis=0))[::-1]
+    norm_plot = [{"type": "histogram", "x": norms.round(5).tolist(), "nbinsx": 50}]
+    dead = int((deviations < 1e-6 * max(float(norms.max()), 1e-30)).sum())
+    text = f"<p>{len(norms):,} sampled vectors; {dead} of {len(deviations)} dimensions are constant.</p>"
+    spread_plot = [{"type": "scatter", "mode": "lines", "y": deviations.astype(float).round(6).tolist()}]
+    return (
+        f"<h2>Norms and spread</h2>{text}"
+        + _plot("norms", norm_plot, {"xaxis": {"title": {"text": "norm"}}})
+        + _plot("spread", spread_plot, {"xaxis": {"title": {"text": "dimensions by standard deviation"}}})
+    )
+
+
+def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
+    """The sample's first two principal components."""
+    rows = generator.permutation(len(sampled.vectors))[:MAP_POINTS]
+    centred = sampled.vectors - sampled.vectors.mean(axis=0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    points = centred[rows] @ axes[:, -2:][:, ::-1]
+    places = [sampled.places[row] for row in rows]
+    urls = pictures.of(places, 80) if pictures else {}
+    labels = [f"{shard} {sample_id}" for shard, sample_id in places]
+    trace = {"type": "scatter", "mode": "markers", "text": labels, "hoverinfo": "none", "marker": {"size": 6}}
+    trace |= {"x": points[:, 0].astype(float).round(5).tolist()}
+    trace |= {"y": points[:, -1].astype(float).round(5).tolist()}
+    plot = _plot("map", [trace], {"hovermode": "closest", "height": 560})
+    hover = HOVER % _json([urls.get(place) for place in places])
+    return f"<h2>Map (principal components)</h2>{plot}<div id=hover></div>{hover}"
+
+
+def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
+    """Nearest neighbours of some images, and pairs that are nearly the same."""
+    unit = sampled.vectors / np.maximum(np.linalg.norm(sampled.vectors, axis=1, keepdims=True), 1e-30)
+    queries = generator.permutation(len(unit))[:QUERIES]
+    rows = []
+    for query in queries.tolist():
+        cosines = unit @ unit[query]
+        cosines[query] = np.inf
+        rows.append([(int(i), float(cosines[i])) for i in np.argsort(-cosines)[: NEIGHBOURS + 1]])
+    pairs = _pairs(unit)
+    shown = [sampled.places[i] for row in rows for i, _ in row] + [sampled.places[i] for p in pairs for i in p[1:]]
+    urls = pictures.of(shown, 96) if pictures else {}
+
+    def figure(i: int, said: str) -> str:
+        return _figure(urls.get(sampled.places[i]), f"{said} {' '.join(sampled.places[i])}")
+
+    def score(cosine: float) -> str:
+        return "" if np.isinf(cosine) else f"{cosine:.3f}"
+
+    near = "".join(f"<div class=row>{''.join(figure(i, score(c)) for i, c in row)}</div>" for row in rows)
+    same = "".join(f"<div class=row>{figure(a, f'{c:.4f}')}{figure(b, '')}</div>" for c, a, b in pairs)
+    return (
+        f"<h2>Nearest neighbours in the sample</h2>{near}<h2>Near duplicates in the sample</h2>"
+        f"{same or f'<p>No pair with a cosine above {SAME}.</p>'}"
+    )
+
+
+def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
+    """The pairs of rows with the highest cosines above `SAME`; a block of the product at a time."""
+    found: list[tuple[float, int, int]] = []
+    for start in range(0, len(unit), 512):
+        cosines = unit[start : start + 512] @ unit[start:].T
+        cosines[np.tril_indices(len(cosines), 0, cosines.shape[1])] = 0
+        flat = np.flatnonzero(cosines.ravel() > SAME)
+        best = flat[np.argsort(-cosines.ravel()[flat])[:DUPLICATES]]
+        a, b = np.unravel_index(best, cosines.shape)
+        block = zip(cosines[a, b].tolist(), (a + start).tolist(), (b + start).tolist(), strict=True)
+        found = sorted([*found, *block], reverse=True)[:DUPLICATES]
+    return found
+
+
+def _quarantine(folder: Folder, pictures: Pictures | None) -> str:
+    rows = read_quarantine(folder, QUARANTINED)
+    if not rows:
+        return ""
+    urls = pictures.of([(row["shard"], row["id"]) for row in rows], 96) if pictures else {}
+    figures = (
+        _figure(urls.get((r["shard"], r["id"])), f"{r['reason']}: {r['shard']} {r['member']} ({r['detail']})")
+        for r in rows
+    )
+    return f"<h2>Quarantined</h2><div class=row>{''.join(figures)}</div>"
+
+
+def _figure(url: str | None, caption: str) -> str:
+    image = f'<img src="{url}" alt="">' if url else ""
+    return f"<figure>{image}{_text(caption)}</figure>"
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element."""
+    return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def _plot(name: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
+    layout = {"margin": {"t": 10, "r": 10}, "height": 300, "showlegend": len(traces) > 1, **layout}
+    options = {"displaylogo": False, "responsive": True}
+    arguments = ",".join(map(_json, (name, traces, layout, options)))
+    return f"<div id={name}></div><script>Plotly.newPlot({arguments})</script>"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report of the output that is named."""
+    if len(arguments) != 1 or arguments[0] in {"-h", "--help"}:
+        print("usage: python -m flows.report OUT\nWrites OUT/report.html from the files of an output.", file=sys.stderr)
+        return 0 if arguments and arguments[0] in {"-h", "--help"} else 2
+    try:
+        print(write_report(arguments[0]))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""A sample of what an output holds: vectors of some rows, and the pictures that they were made of."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageFile
+
+from embedders.errors import MalformedShard
+from embedders.webdataset import Component, map_tar, parse_index, printable, read_tar
+from tasks.storage import Folder
+
+SHARDS = 16
+"""Shards that a sample is taken from: what is read of an output does not grow with it."""
+IMAGE_BYTES = 64 << 20
+"""Larger members are not read for a thumbnail."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rows of an output: `vectors` is (n, dimensions) float32, `places` the shard and the id of each."""
+
+    vectors: np.ndarray
+    places: tuple[tuple[str, str], ...]
+
+
+def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -> Sampled:
+    """Up to `count` rows of one row group each of up to `SHARDS` shards, without repetition."""
+    folder = Folder(f"{output.url.rstrip('/')}/embeddings")
+    files = folder.list(".parquet")
+    chosen = sorted(generator.permutation(len(files))[:SHARDS].tolist())
+    vectors: list[np.ndarray] = []
+    places: list[tuple[str, str]] = []
+    for left, number in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        with folder.open(files[number].name) as file:
+            parquet = pq.ParquetFile(file)
+            if not parquet.metadata.num_rows:
+                continue
+            table = parquet.read_row_group(int(generator.integers(parquet.num_row_groups)))
+        rows = np.sort(generator.permutation(len(table))[: -(-(count - len(places)) // left)])
+        matrix = table.column(1).combine_chunks().values.to_numpy().reshape(len(table), -1)
+        vectors.append(np.asarray(matrix[rows], np.float32))
+        ids = table.column(0).to_pylist()
+        places += [(files[number].name.removesuffix(".parquet"), ids[row]) for row in rows]
+    whole = np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32)
+    return Sampled(whole, tuple(places))
+
+
+class Pictures:
+    """Thumbnails of samples, read out of the tars at the places that the index tells; none where a tar is gone."""
+
+    def __init__(self, dataset: str, output: str, image_component: str | None = None) -> None:
+        self.source, self.output, self.component = Folder(dataset), Folder(output), image_component
+
+    def of(self, places: Sequence[tuple[str, str]], side: int) -> dict[tuple[str, str], str]:
+        """Data URLs of thumbnails of at most `side` pixels a side, by shard and id, for those that can be shown."""
+        wanted: dict[str, set[str]] = defaultdict(set)
+        for shard, sample_id in places:
+            wanted[shard].add(sample_id)
+        found = {}
+        for shard, ids in wanted.items():
+            with contextlib.suppress(OSError, MalformedShard):  # the dataset is gone or out of reach
+                components = self._components(shard)
+                for sample_id in sorted(ids & components.keys()):
+                    if url := self._thumbnail(shard, components[sample_id], side):
+                        found[shard, sample_id] = url
+        return found
+
+    def _components(self, shard: str) -> Mapping[str, Component]:
+        """The image of each sample of a shard, by the id that the output has for it.
+
+        Ids are in the order of the tar, less the quarantined members: no json is read to tell them.
+
+        :raises MalformedShard: index and output do not tell of the same samples.
+        """
+        tar = self.source.info(f"{shard}.tar")
+        index = parse_index(self.output.read_text(f"index/{shard}.idx") or "", tar.fingerprint)
+        if index is None and self.source.is_local:
+            index = read_tar(map_tar(self.source.path(tar.name)), tar.name)
+        if index is None:
+            raise MalformedShard(f"{tar.name}: no index of it as it is now")
+        bad = self._quarantined(shard)
+        with self.output.open(f"embeddings/{shard}.parquet") as file:
+            ids = pq.read_table(file, columns=["id"]).column(0).to_pylist()
+        good, found = [], {}
+        for sample in index.samples:
+            images = sample.images(self.component)
+            image = images[0] if len(images) == 1 else None
+            name = printable((image or sample.components[0]).name)
+            if name not in bad:
+                good.append(image)
+            elif image is not None:
+                found[bad[name]] = image
+        if len(good) != len(ids):
+            raise MalformedShard(f"{tar.name}: {len(good)} samples, but {len(ids)} ids")
+        return found | {i: image for i, image in zip(ids, good, strict=True) if image is not None}
+
+    def _quarantined(self, shard: str) -> dict[str, str]:
+        """Ids of quarantined samples by member."""
+        name = f"quarantine/{shard}.parquet"
+        if not self.output.has(name):
+            return {}
+        with self.output.open(name) as file:
+            return {row["member"]: row["id"] for row in pq.read_table(file).to_pylist()}
+
+    def _thumbnail(self, shard: str, component: Component, side: int) -> str | None:
+        if component.size > IMAGE_BYTES:
+            return None
+        start = component.offset
+        return data_url(self.source.read_range(f"{shard}.tar", start, start + component.size), side)
+
+
+def data_url(encoded: bytes, side: int) -> str | None:
+    """A WebP thumbnail of an encoded image as a data URL; None for what Pillow cannot show, even in part."""
+    out = io.BytesIO()
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True  # what there is of it is shown
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.draft("RGB", (side * 2, side * 2))
+        thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((side, side))
+        thumbnail.save(out, "WEBP", quality=55)
+    except Exception:  # whatever a broken file makes a decoder raise
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
