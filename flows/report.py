@@ -104,7 +104,7 @@ def _throughput(folder: Folder) -> str:
     """Images a second over time by worker, from the times in the footers."""
     embeddings = Folder(f"{folder.url.rstrip('/')}/embeddings")
     footers = read_footers(embeddings, embeddings.list(".parquet"))
-    records = [record for footer in footers.values() if (record := embedding_record(footer)) and record.work]
+    records = [record for _, footer in footers if (record := embedding_record(footer)) and record.work]
     if not records:
         return ""
     began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)
