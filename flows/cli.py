@@ -59,7 +59,6 @@ def embed_command(
     from flows.progress import Silent, Terminal
 
     manifest = run(config, None, Silent() if quiet else Terminal())
-    _show_in_a_page(manifest.output)
     if json_:
         print(json.dumps(manifest.model_dump(mode="json")))
     elif not quiet:
@@ -71,16 +70,6 @@ def embed_command(
     for what in manifest.wrong:
         print(f"warning: the vectors look wrong: {what}", file=sys.stderr)
     return 1 if manifest.failures or manifest.wrong else 0
-
-
-def _show_in_a_page(output: str) -> None:
-    """Write report.html; that it cannot be made costs no run its status."""
-    from flows.report import write_report
-
-    try:
-        write_report(output)
-    except Exception as error:
-        print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _hush() -> None:

@@ -19,6 +19,7 @@ from embedders.base import ImageEmbedder
 from flows.config import EmbedConfig, OnError
 from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Silent
+from flows.report import REPORT, write_report
 from flows.server import LocalServer, has_server, prefect_server, started_early
 from flows.work import Course, HandedOver, Work, handed_over, prepare, received, surely_unfinished
 from tasks.cluster import OwnCluster, own_cluster, task_runner
@@ -32,6 +33,7 @@ from tasks.plan import Plan, group_shards, make_plan
 from tasks.report import MANIFEST, Manifest, Spent, account, write_manifest
 from tasks.run_lock import only_run
 from tasks.shards import Shard, intact, sweep
+from tasks.storage import Folder
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -107,6 +109,7 @@ def _run(
         manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)
         write_manifest(manifest)
         progress.found(work.plan)
+        _show_in_a_page(manifest, progress)
         return manifest
     course = Course(len(work.plan.embedded))
     try:
@@ -221,9 +224,22 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
         note = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
     course.manifest = manifest
+    _show_in_a_page(manifest, progress, anew=work.anything)
     if manifest.shards_failed:
         raise RunFailed(manifest)
     return manifest
+
+
+def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) -> None:
+    """Write report.html; that it cannot be made costs no run its status.
+
+    :param anew: also where there is one.
+    """
+    try:
+        if anew or not Folder(manifest.output).has(REPORT):
+            write_report(manifest.output)
+    except Exception as error:
+        progress.note(f"warning: no {REPORT}: {type(error).__name__}: {error}")
 
 
 @task(name="done-before", cache_policy=NO_CACHE)

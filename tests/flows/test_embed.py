@@ -169,6 +169,7 @@ def test_only_what_is_missing_is_done_again(small: tuple[Path, Path]) -> None:
     assert (manifest.shards, manifest.shards_cached) == (4, 2)
     assert changed == {
         "manifest.json",
+        "report.html",
         "embeddings/00001.parquet",
         "embeddings/00002.parquet",
         "quarantine/00002.parquet",
@@ -184,7 +185,11 @@ def test_a_changed_caption_merges_and_does_not_embed(small: tuple[Path, Path]) -
     pq.write_table(table.set_column(1, "caption", captions), dataset / "00003.parquet")
     assert embed_tiny(dataset, output).shards_cached == 4
     after = written(output)
-    assert {name for name in after if after[name] != before[name]} == {"manifest.json", "metadata/00003.parquet"}
+    assert {name for name in after if after[name] != before[name]} == {
+        "manifest.json",
+        "metadata/00003.parquet",
+        "report.html",
+    }
     assert set(pq.read_table(output / "metadata/00003.parquet")["caption"].to_pylist()) == {"a new caption"}
 
 

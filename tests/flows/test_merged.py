@@ -103,7 +103,7 @@ def test_a_new_column_in_one_shard_reaches_all_files(copied: tuple[Path, Path]) 
     assert pq.read_table(output / "metadata")["nsfw"].null_count == 8
     again = written(output)
     assert embed(dataset, output).shards_cached == 2
-    assert {name for name in again if written(output)[name] != again[name]} == {"manifest.json"}
+    assert {name for name in again if written(output)[name] != again[name]} == {"manifest.json", "report.html"}
 
 
 def test_types_that_contradict_each_other_are_refused_before_anything_is_written(crawl: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_rows_a_file_and_back(copied: tuple[Path, Path]) -> None:
     (output / "metadata/part-00001.parquet").write_bytes(b"cut")
     assert embed(dataset, output, rows_per_file=6).rows == 16
     changed = {name for name in before if written(output)[name] != before[name]}
-    assert changed == {"manifest.json", "metadata/part-00001.parquet"}
+    assert changed == {"manifest.json", "report.html", "metadata/part-00001.parquet"}
     embed(dataset, output)
     assert sorted(path.name for path in (output / "metadata").glob("*.parquet")) == ["00000.parquet", "00001.parquet"]
     assert pq.read_table(output / "metadata").equals(whole)

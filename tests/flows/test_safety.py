@@ -124,7 +124,14 @@ def test_a_hostile_dataset_over_tls(
     assert not Path("/tmp/shard-embed-evil").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out", "tls", "dask.log"}
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
-    assert written == {"embeddings/0.parquet", "metadata/0.parquet", "index/0.idx", "manifest.json", "README.md"}
+    assert written == {
+        "embeddings/0.parquet",
+        "metadata/0.parquet",
+        "index/0.idx",
+        "manifest.json",
+        "README.md",
+        "report.html",
+    }
     for result in Path(os.environ["PREFECT_HOME"]).glob("storage/*"):
         json.loads(result.read_bytes())
     # Without certificates, and with those of somebody else, it is one line.
