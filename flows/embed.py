@@ -192,8 +192,8 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
         )
     workers = work.workers(config)
     failures: dict[str, ShardFailure] = {}
-    plan, first = work.plan, 0.0
-    if work.anything:
+    plan, first, anything = work.plan, 0.0, work.anything
+    if anything:
         address = str(config.scheduler) if cluster is None else cluster.address()
         with (
             task_runner(address) as runner,
@@ -224,7 +224,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
         note = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
     course.manifest = manifest
-    _show_in_a_page(manifest, progress, anew=work.anything)
+    _show_in_a_page(manifest, progress, anew=anything)
     if manifest.shards_failed:
         raise RunFailed(manifest)
     return manifest
