@@ -256,14 +256,20 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
 def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
     from benchmarks import trace
-    from embedders.engine import Engine
+    from embedders.engine import Engine, own_stream
 
     embedder = setting.embedder()
     trace.watch()
-    engine = Engine(embedder, setting.device)
+    with own_stream(setting.device):
+        return _one_process(setting, embedder, Engine(embedder, setting.device))
+
+
+def _one_process(setting: Setting, embedder: TimmImageEmbedder, engine: Any) -> dict[str, Any]:
+    from benchmarks import trace
+
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
-    engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
-    engine._settle = _timed(engine._settle, spent, "settle")  # type: ignore[method-assign]
+    engine._forward = _timed(engine._forward, spent, "forward")
+    engine._settle = _timed(engine._settle, spent, "settle")
     original = embedder.batches
 
     def batches(shards: Any, device: str) -> Iterator[Any]:
@@ -324,6 +330,7 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         written = sorted(path.stat().st_mtime for path in Path(output, "embeddings").iterdir())
         merged = sorted(path.stat().st_mtime for path in Path(output, "metadata").iterdir())
         busy = [trace.busy(batches, skip=20) for batches in trace.load(Path(traces))]
+        memory = max(trace.load_memory(Path(traces)), key=max, default=[0.0])
     per_shard = manifest.samples / manifest.shards
     steady = per_shard * (len(written) - 1) / (written[-1] - written[0]) if len(written) > 1 else 0.0
     return {
@@ -334,6 +341,8 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         "longest_gap": max((worker.longest_gap for worker in busy), default=0.0),
         "mean_gap": max((worker.mean_gap for worker in busy), default=0.0),
         "decoders": manifest.decoders,
+        "memory_at_half_of_it_gb": memory[len(memory) // 2],
+        "memory_at_its_end_gb": memory[-1],
         "seconds": wall,
         "until_first_file": written[0] - started,
         "first_to_last_file": written[-1] - written[0],
@@ -409,7 +418,8 @@ def _read_samples(tar: str) -> Iterator[tuple[str, bytes]]:
                 if member.name.endswith(".jpg"):
                     yield member.name.removesuffix(".jpg"), members.extractfile(member).read()  # type: ignore[union-attr]
         return
-    for sample in webdataset.WebDataset(tar, shardshuffle=False):
+    # The DataLoader's workers have each their own tars already.
+    for sample in webdataset.WebDataset(tar, shardshuffle=False, workersplitter=None):
         yield sample["__key__"], sample["jpg"]
 
 

@@ -44,6 +44,8 @@ def watch(folder: Path | None = None) -> None:
         if folder is not None and len(_marks) >= 2 * LINES:  # the first of them have long ended
             with open(folder / f"{os.getpid()}.jsonl", "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in _seconds(_marks[:LINES], first[0]))
+            with open(folder / f"{os.getpid()}.memory", "a") as file:
+                file.write(f"{own_memory():.3f}\n")
             del _marks[:LINES]
         return result
 
@@ -79,6 +81,17 @@ def load(folder: Path) -> list[list[tuple[float, float, int]]]:
     """What each worker left, workers without a batch left out."""
     files = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
     return [[(s, e, n) for s, e, n in map(json.loads, lines)] for lines in files if lines]
+
+
+def own_memory() -> float:
+    """GB of memory of this process that no file stands behind: mapped tars are the system's to drop."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1e6
+
+
+def load_memory(folder: Path) -> list[list[float]]:
+    """What each worker's own memory was, in GB, every LINES batches."""
+    return [[float(line) for line in path.read_text().split()] for path in sorted(folder.glob("*.memory"))]
 
 
 def busy(batches: Sequence[tuple[float, float, int]], skip: int = 0) -> Busy:

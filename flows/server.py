@@ -154,10 +154,7 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
         try:
             if wait:
                 server.wait()
-            with (
-                _environment({"PREFECT_API_URL": server.api_url}),
-                temporary_settings({PREFECT_API_URL: server.api_url}),
-            ):
+            with shared(server), temporary_settings({PREFECT_API_URL: server.api_url}):
                 try:
                     yield server
                 finally:
@@ -165,6 +162,13 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
         finally:
             if started is None:
                 server.stop()
+
+
+@contextlib.contextmanager
+def shared(server: LocalServer) -> Iterator[None]:
+    """Tell the processes that are started within the block of the server."""
+    with _environment(LOCAL_SERVER | {"PREFECT_API_URL": server.api_url}):
+        yield
 
 
 @contextlib.contextmanager

@@ -137,6 +137,11 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
 
+def count_shards(config: EmbedConfig) -> int:
+    """How many tars lie in a local dataset."""
+    return len(Folder(config.dataset).list(".tar"))
+
+
 def surely_unfinished(config: EmbedConfig) -> bool:
     """Whether the listing of local folders already shows that there is something to do."""
     try:

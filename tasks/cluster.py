@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 TASKS_A_WORKER = 2
-"""Task threads of a worker: while one task's shards are computed, the next one is under way (see tasks/worker.py)."""
+TASKS_A_GPU = 3
+"""Task threads of a worker: while one task's shards are computed, the next one is under way (see tasks/worker.py).
+A GPU may be through with a group of small shards before Prefect has told the end of the one before."""
 
 DEATHS_FORGIVEN = 1
 """Workers that may die over a task before it fails. Its shards are then tried one by one, and each may do so again."""
@@ -198,7 +200,7 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
     """torch, DALI and cuDF each allocate GPU memory for themselves, so no pool and no spilling is set up here."""
     return {
         "n_workers": workers,
-        "threads_per_worker": TASKS_A_WORKER,
+        "threads_per_worker": TASKS_A_GPU,
         "protocol": "tcp",
         "device_memory_limit": 0,
         "memory_limit": 0,

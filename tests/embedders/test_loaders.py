@@ -452,8 +452,9 @@ def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., Loader]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("how", "limit"), [(Decode.EXACT, 0.02), (Decode.FAST, 2.0)])
+@pytest.mark.parametrize(("how", "limit"), [(Decode.EXACT, 0.02), (Decode.FAST, 2.2)])
 def test_on_a_gpu(how: Decode, limit: float, dtype: torch.dtype, make_loader: Callable[..., Loader]) -> None:
+    """Thumbnails and drawings with hard edges in the chroma: on photographs nvJPEG is at 0.4 (benchmarks.fidelity)."""
     wild = {name: data for name, (data, reason) in found_in_the_wild().items() if not reason}
     images = stream_of_photographs() | wild | {"bad": found_in_the_wild()["png with a flipped byte"][0]}
     transform = Preprocessing.from_timm(CENTER).transform()
