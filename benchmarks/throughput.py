@@ -256,20 +256,14 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
 def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
     from benchmarks import trace
-    from embedders.engine import Engine, own_stream
+    from embedders.engine import Engine
 
     embedder = setting.embedder()
     trace.watch()
-    with own_stream(setting.device):
-        return _one_process(setting, embedder, Engine(embedder, setting.device))
-
-
-def _one_process(setting: Setting, embedder: TimmImageEmbedder, engine: Any) -> dict[str, Any]:
-    from benchmarks import trace
-
+    engine = Engine(embedder, setting.device)
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
-    engine._forward = _timed(engine._forward, spent, "forward")
-    engine._settle = _timed(engine._settle, spent, "settle")
+    engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
+    engine._settle = _timed(engine._settle, spent, "settle")  # type: ignore[method-assign]
     original = embedder.batches
 
     def batches(shards: Any, device: str) -> Iterator[Any]:

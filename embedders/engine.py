@@ -6,7 +6,6 @@ shards come from or where vectors go.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -73,18 +72,6 @@ class _Pending:
     @property
     def complete(self) -> bool:
         return int(self.done.sum()) + len(self.rejected) >= len(self.done)
-
-
-def own_stream(device: str) -> contextlib.AbstractContextManager[object]:
-    """Give what this thread starts on a GPU a stream of its own: make an engine and use it within.
-
-    What runs on CUDA's default stream and what a decoder runs on its streams wait for each other.
-    """
-    if not device.startswith("cuda"):
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 class Engine:

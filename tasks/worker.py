@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, Engine, own_stream
+from embedders.engine import EmbeddedShard, Engine
 from embedders.webdataset import OpenShard
 from tasks.shards import digest
 
@@ -53,9 +53,8 @@ class _Task:
 class SharedEngine:
     """An engine in a thread of its own. Any number of threads may call `embed` at the same time."""
 
-    def __init__(self, make: Callable[[], Engine], device: str = "cpu") -> None:
+    def __init__(self, make: Callable[[], Engine]) -> None:
         """Wait for `make`, which runs in the engine's thread, and raise what it raises."""
-        self._device = device
         self.failure: BaseException | None = None
         self._line: queue.Queue[tuple[OpenShard, _Task] | None] = queue.Queue(1)
         self._opening = 0  # tasks that still have shards to put in line
@@ -129,10 +128,6 @@ class SharedEngine:
 
     def _run(self, make: Callable[[], Engine], made: queue.Queue[Engine | BaseException]) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL)
-        with own_stream(self._device):
-            self._serve(make, made)
-
-    def _serve(self, make: Callable[[], Engine], made: queue.Queue[Engine | BaseException]) -> None:
         try:
             engine = make()
         except BaseException as error:
@@ -209,7 +204,7 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
                 embedder.expect(images)
                 return Engine(embedder, device)
 
-            _kept.engine = SharedEngine(make, device)
+            _kept.engine = SharedEngine(make)
         engine = _kept.engine
         assert engine is not None
         _kept.users += 1
