@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import importlib
 import shlex
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
@@ -29,32 +29,35 @@ class OnError(enum.StrEnum):
     """Its whole shard fails."""
 
 
-class EmbedConfig(BaseModel):
-    """One run over one dataset."""
-
+class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: str = Field(description="Folder or fsspec URL with the .tar shards and their metadata .parquet.")
-    output: str = Field(description="Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.")
+
+class ModelOptions(_Options):
+    """Which model, and how it computes."""
+
     model_name: str = Field(
         "vit_large_patch14_clip_quickgelu_224.openai",
         description="timm model name with or without a tag, hf-hub:ORG/NAME or local-dir:FOLDER.",
     )
     checkpoint: str | None = Field(None, description="Weights file, .safetensors or .pth, instead of the tag's own.")
     pretrained: bool = Field(True, description="Load trained weights; without, random ones from a fixed seed.")
-    id_col: str = Field("key", description="The id's column in the metadata and field in the samples' json.")
-    image_embedding_column: str = Field("image_embedding", description="Name of the new column.")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images a batch.")
-    num_threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Threads that decode in each worker; by default its share of the cores."
-    )
+    embedder: str | None = Field(None, description="A custom embedder as module:Class, instead of timm.")
     normalize_embeddings: bool = Field(True, description="Scale each vector to length 1.")
     autocast: bool = Field(True, description="float16 weights and arithmetic on a GPU; without, float32.")
     precision: Precision = Field(
-        Precision.AUTO, description="float32, float16 or bfloat16 on any device, instead of what --autocast says."
+        Precision.AUTO, description="float32, float16 or bfloat16 on any device, instead of what autocast says."
     )
-    use_index_files: bool = Field(True, description="Keep the shards' indexes in the output and use them again.")
-    embedder: str | None = Field(None, description="A custom embedder as module:Class, instead of timm.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images a batch.")
+
+
+class ImageOptions(_Options):
+    """How images are found and decoded."""
+
+    id_col: str = Field("key", description="The id's column in the metadata and field in the samples' json.")
+    image_component: str | None = Field(
+        None, description="Extension of the image to embed where samples have several, such as left.jpg."
+    )
     loader: Literal["auto", "dali", "reference"] = Field(
         "auto", description="Who decodes: DALI, or Pillow with timm's own transform."
     )
@@ -65,9 +68,15 @@ class EmbedConfig(BaseModel):
     max_pixels: Annotated[int, Field(ge=1)] = Field(
         MAX_PIXELS, description="Images with more pixels go to quarantine undecoded."
     )
-    image_component: str | None = Field(
-        None, description="Extension of the image to embed where samples have several, such as left.jpg."
+    num_threads_per_worker: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Threads that decode in each worker; by default its share of the cores."
     )
+
+
+class TableOptions(_Options):
+    """The dataset that is made."""
+
+    image_embedding_column: str = Field("image_embedding", description="Name of the new column.")
     on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
     embedding_type: Literal["list", "fixed_size_list"] = Field(
         "list", description="Arrow type of the new column; dask-cudf refuses a fixed-size list."
@@ -84,22 +93,58 @@ class EmbedConfig(BaseModel):
     in_place: bool = Field(
         False, description="Add the column to the Parquets beside the tars, keeping every row, instead of new files."
     )
-    scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
+
+
+class RunOptions(_Options):
+    """Where it runs, and what is done again."""
+
+    device: Literal["auto", "gpu", "cpu"] = Field("auto", description="Where models run.")
     workers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Worker processes; by default one a GPU, or one for every four cores."
     )
-    device: Literal["auto", "gpu", "cpu"] = Field("auto", description="Where models run.")
-    staging_space: ByteSize = Field(
-        ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."
-    )
+    scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
     overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
+    verify: bool = Field(False, description="Read all that is done and check it against its checksums first.")
     fingerprint: Literal["stat", "content"] = Field(
         "stat", description="What tells tars apart: size and time or etag, or a hash of all their bytes."
     )
-    verify: bool = Field(False, description="Read all that is done and check it against its checksums first.")
+    use_index_files: bool = Field(True, description="Keep the shards' indexes in the output and use them again.")
     shard_timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Seconds after which a shard that does not get on is given up; by default by its size."
     )
+    staging_space: ByteSize = Field(
+        ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."
+    )
+
+
+GROUPS: dict[str, type[_Options]] = {
+    "model": ModelOptions,
+    "images": ImageOptions,
+    "table": TableOptions,
+    "work": RunOptions,
+}
+"""The groups of options, by the flow's parameters: a form shows each as one."""
+
+
+class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
+    """One run over one dataset: the options of all groups side by side."""
+
+    dataset: str = Field(description="Folder or fsspec URL with the .tar shards and their metadata .parquet.")
+    output: str = Field(description="Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.")
+
+    @classmethod
+    def of(cls, dataset: str, output: str, *groups: _Options) -> EmbedConfig:
+        """The options of some groups as one value; what was not said in them is not said in it."""
+        said = {name: getattr(group, name) for group in groups for name in group.model_fields_set}
+        return cls(dataset=dataset, output=output, **said)
+
+    def groups(self) -> dict[str, Any]:
+        """The value as the flow's parameters beside `dataset` and `output`; `of` is the way back."""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return {
+            name: kind(**{field: said[field] for field in kind.model_fields if field in said})
+            for name, kind in GROUPS.items()
+        }
 
     def command(self) -> str:
         """The command line that asks for this run, quoted for a shell."""

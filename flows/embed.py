@@ -16,7 +16,7 @@ from prefect.futures import as_completed
 from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
-from flows.config import EmbedConfig, OnError
+from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Silent
 from flows.report import REPORT, write_report
@@ -139,7 +139,8 @@ def _run(
             if local is not None:
                 local.wait()
             with handed_over(HandedOver(work, progress, course, cluster)):
-                return embed.with_options(flow_run_name=run_name(config, work))(config)
+                named = embed.with_options(flow_run_name=run_name(config, work))
+                return named(config.dataset, config.output, **config.groups())
     except RunFailed as failed:
         return failed.manifest
     except (KeyboardInterrupt, Terminated) as stop:
@@ -191,18 +192,36 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     persist_result=False,
     result_serializer="json",  # the error of a failed run is kept in any case, by default as a pickle
 )
-def embed(config: EmbedConfig) -> Manifest:
-    """Give every image of a dataset an embedding.
+def embed(
+    dataset: str,
+    output: str,
+    model: ModelOptions = ModelOptions(),  # noqa: B008  # frozen
+    images: ImageOptions = ImageOptions(),  # noqa: B008
+    table: TableOptions = TableOptions(),  # noqa: B008
+    work: RunOptions = RunOptions(),  # noqa: B008
+) -> Manifest:
+    """Give every image of a WebDataset an embedding, as a new column of its metadata, doing only what is missing.
 
-    :raises RunFailed: some shards failed after their retries; a second run does only those.
+    Args:
+        dataset: Folder or fsspec URL with the .tar shards and their metadata .parquet, as the worker sees it.
+        output: Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.
+        model: Which model, and how it computes.
+        images: How images are found and decoded.
+        table: The dataset that is made.
+        work: Where it runs, and what is done again.
+
+    Raises:
+        RunFailed: Some shards failed after their retries; a second run does only those.
     """
+    # Prefect's form takes descriptions from a docstring of this form only.
+    config = EmbedConfig.of(dataset, output, model, images, table, work)
     received_work = received()
     if received_work is not None:
         return _embed(config, *received_work)
     with _alone(config, None, _stop_flow):
-        work = prepare(config, None)
-        with _cluster(work, config) as cluster:
-            return _embed(config, work, Silent(), Course(len(work.plan.embedded)), cluster)
+        found = prepare(config, None)
+        with _cluster(found, config) as cluster:
+            return _embed(config, found, Silent(), Course(len(found.plan.embedded)), cluster)
 
 
 def _stop_flow(why: str) -> None:

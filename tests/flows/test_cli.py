@@ -17,7 +17,8 @@ import pytest
 
 from embedders import ImageEmbedder
 from embedders.webdataset import open_shard
-from flows.cli import main
+from flows.cli import COMMON, main
+from flows.config import EmbedConfig
 from flows.demo_data import load_photograph
 
 from .conftest import processes_with
@@ -215,3 +216,22 @@ def test_vectors_that_are_all_alike_end_with_1_every_time(
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["shards_failed"] == 0
     assert len(manifest["wrong"]) == 1
+
+
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 45
+    assert [line for line in short.splitlines() if len(line) > 80] == []
+    assert short.count("  python -m flows.embed ") == 3
+    assert [option for option in COMMON - {"--dataset"} if option not in short] == []
+    assert main(["--help-all"]) == 0
+    every = capsys.readouterr().out
+    names = [name.replace("_", "-") for name in EmbedConfig.model_fields]
+    assert [name for name in names if f"--{name}" not in every and f"--no-{name}" not in every] == ["dataset"]
+
+
+def test_an_unknown_option_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--output", "out", "--decod", "fast"]) == 2
+    assert capsys.readouterr().err == "error: Unknown option: --decod. Did you mean --decode?\n"

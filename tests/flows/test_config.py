@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.cli import app
-from flows.config import EmbedConfig
+from flows.config import GROUPS, EmbedConfig
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,7 @@ def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None
     python, module, name, *arguments = shlex.split(config.command())
     assert (python, module, name) == ("python", "-m", "flows.embed")
     _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-    assert bound.arguments["config"] == config
+    groups = [bound.arguments[name] for name in GROUPS if name in bound.arguments]
+    asked = EmbedConfig.of(bound.arguments["dataset"], bound.arguments["output"], *groups)
+    assert asked == config
+    assert EmbedConfig.of(config.dataset, config.output, *config.groups().values()) == config

@@ -160,7 +160,7 @@ async def start_deployed(config: dict[str, Any]) -> Any:
                 break
             except ObjectNotFound:
                 await asyncio.sleep(0.5)
-        return (await client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})).id
+        return (await client.create_flow_run_from_deployment(deployment.id, parameters=config)).id
 
 
 async def retry(flow_run_id: Any) -> None:
@@ -175,7 +175,12 @@ def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_pa
     shutil.copytree(demo_dataset, dataset)
     whole = (dataset / "00001.tar").read_bytes()
     (dataset / "00001.tar").write_bytes(whole[: len(whole) // 2])
-    config = {"dataset": str(dataset), "output": str(output), "model_name": TINY, "pretrained": False, "device": "cpu"}
+    config = {
+        "dataset": str(dataset),
+        "output": str(output),
+        "model": {"model_name": TINY, "pretrained": False},
+        "work": {"device": "cpu"},
+    }
     process = served(server, tmp_path)
     try:
         flow_run = asyncio.run(start_deployed(config))
