@@ -16,9 +16,10 @@ from prefect.futures import as_completed
 from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
+from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
-from flows.progress import Progress, Silent
+from flows.progress import Progress, Several, Silent
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, has_server, prefect_server, shared, started_early
 from flows.work import Course, HandedOver, Work, count_shards, handed_over, prepare, received, surely_unfinished
@@ -229,7 +230,8 @@ def _stop_flow(why: str) -> None:
 
 
 def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, cluster: OwnCluster | None) -> Manifest:
-    progress.found(work.plan)
+    progress = Several(progress, ProgressArtifact(config.dataset))
+    progress.found(work.plan, work.images)
     if work.plan.embedded:
         done_before.with_options(task_run_name=f"{len(work.plan.embedded):,} shards done before")(
             len(work.plan.embedded)
@@ -269,6 +271,8 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
     course.manifest = manifest
     _show_in_a_page(manifest, progress, anew=anything)
+    if anything:
+        show_account(manifest, plan)
     if manifest.shards_failed:
         raise RunFailed(manifest)
     return manifest

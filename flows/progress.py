@@ -1,18 +1,27 @@
-"""What a person sees while a run works: a bar on a terminal, lines elsewhere, nothing when asked."""
+"""What a person sees while a run works: a live view on a terminal, lines elsewhere, nothing when asked."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from tasks.plan import Plan
 from tasks.shards import EmbeddingRecord
+
+RECENT = 60.0
+"""Seconds that "now" looks back."""
 
 
 class Progress(Protocol):
@@ -21,8 +30,8 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """A line that a person should read."""
 
-    def found(self, plan: Plan) -> None:
-        """The plan before the work."""
+    def found(self, plan: Plan, images: int = 0) -> None:
+        """The plan before the work; about how many images there are to embed, 0 if nobody knows."""
 
     def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
         """A group of shards is through."""
@@ -40,7 +49,7 @@ class Silent:
     def note(self, text: str) -> None:
         """Nothing."""
 
-    def found(self, plan: Plan) -> None:
+    def found(self, plan: Plan, images: int = 0) -> None:
         """Nothing."""
 
     def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
@@ -53,53 +62,177 @@ class Silent:
         pass
 
 
+class Several:
+    """Tells all of several."""
+
+    def __init__(self, *all_: Progress) -> None:
+        self.all = all_
+        self._entered = contextlib.ExitStack()
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        for progress in self.all:
+            progress.note(text)
+
+    def found(self, plan: Plan, images: int = 0) -> None:
+        """Pass it on."""
+        for progress in self.all:
+            progress.found(plan, images)
+
+    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+        """Pass it on."""
+        for progress in self.all:
+            progress.embedded(records)
+
+    def __enter__(self) -> Self:
+        with self._entered:
+            for progress in self.all:
+                self._entered.enter_context(progress)
+            self._entered = self._entered.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+
+
+@dataclass
+class Pace:
+    """How far a run is, and how fast: counts of shards and images of this run, times in seconds."""
+
+    shards_in_all: int = 0
+    images_in_all: int = 0
+    """About; what the shards that are through tell counts for more and more."""
+    shards: int = 0
+    images: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+    _recent: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def count(self, records: Sequence[EmbeddingRecord]) -> None:
+        """A group of shards is through."""
+        self._recent.append((time.monotonic(), self.images))
+        self.shards += len(records)
+        self.images += sum(record.samples for record in records)
+        for record in records:
+            self.quarantined.update(record.quarantined)
+        if self.shards >= self.shards_in_all:
+            self.images_in_all = self.images
+
+    @property
+    def share(self) -> float:
+        """How much is done, from 0 to 1."""
+        return self.shards / self.shards_in_all if self.shards_in_all else 1.0
+
+    @property
+    def average(self) -> float:
+        """Images a second since the work began."""
+        return self.images / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def now(self) -> float:
+        """Images a second over the last minute, at least since the last but one group."""
+        while len(self._recent) > 2 and self._recent[1][0] < time.monotonic() - RECENT:
+            self._recent.popleft()
+        if not self._recent:
+            return 0.0
+        since, images = self._recent[0] if len(self._recent) > 1 else (self.started, 0)
+        return (self.images - images) / max(time.monotonic() - since, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None while nothing is through."""
+        return (time.monotonic() - self.started) * (1 / self.share - 1) if self.share else None
+
+    @property
+    def left(self) -> str:
+        """The time left as a person says it."""
+        seconds = self.seconds_left
+        return "starting" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left"
+
+    @property
+    def bad(self) -> str:
+        """What was quarantined, by reason."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.quarantined.most_common())
+        return f"{self.quarantined.total():,} quarantined" + (f" ({reasons})" if reasons else "")
+
+
 class Terminal:
-    """Writes to standard error: a bar where that is a terminal, a line a group of shards where not."""
+    """Writes to standard error: a live view where that is a terminal, a line a group of shards where not."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.samples = self.bad = self.shards = self.total = 0
-        self.started = time.monotonic()
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards  {task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task: TaskID | None = None
+        self.pace = Pace()
+        self._gpus: list[Any] = []
+        self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=2)
 
     def note(self, text: str) -> None:
         """Say it."""
         self.console.print(text)
 
-    def found(self, plan: Plan) -> None:
+    def found(self, plan: Plan, images: int = 0) -> None:
         """Say what there is to do."""
-        self.total = len(plan.to_embed)
-        done = len(plan.shards) - self.total
+        total = len(plan.to_embed)
+        done = len(plan.shards) - total
+        self.pace = Pace(total, images)
         if not plan.to_embed and not plan.to_merge:
             self.console.print(f"all {done} shards are done already: nothing to embed, nothing to merge")
             return
-        self.console.print(f"{len(plan.shards)} shards: {self.total} to embed, {done} done already")
+        self.console.print(f"{len(plan.shards)} shards: {total} to embed, {done} done already")
 
     def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
         """Count a group of shards."""
-        self.shards += len(records)
-        self.samples += sum(record.samples for record in records)
-        self.bad += sum(sum(record.quarantined.values()) for record in records)
-        rate = f"{self.samples / (time.monotonic() - self.started):.1f} images/s, {self.bad} quarantined"
-        if self.task is not None and self.console.is_terminal:
-            self.bar.update(self.task, completed=self.shards, rate=rate)
-        else:
-            self.console.print(f"{self.shards}/{self.total} shards, {self.samples} images, {rate}")
+        pace = self.pace
+        pace.count(records)
+        if not self.console.is_terminal:
+            rate = f"{pace.average:.1f} images/s, {pace.quarantined.total()} quarantined"
+            self.console.print(f"{pace.shards}/{pace.shards_in_all} shards, {pace.images} images, {rate}")
+
+    def view(self) -> Group:
+        """What the terminal shows now."""
+        pace = self.pace
+        about = f" of about {pace.images_in_all:,}" if pace.images_in_all > pace.images else ""
+        table = Table.grid(padding=(0, 2))
+        table.add_row("shards", ProgressBar(max(pace.shards_in_all, 1), pace.shards, width=40), pace.left)
+        table.add_row("", f"{pace.shards:,} of {pace.shards_in_all:,}", f"{pace.images:,}{about} images")
+        table.add_row("images/s", f"{pace.now:,.1f} now", f"{pace.average:,.1f} on average")
+        for line in gpu_lines(self._gpus):
+            table.add_row(*line)
+        return Group(table, Text(pace.bad))
 
     def __enter__(self) -> Self:
-        self.started = time.monotonic()
-        self.bar.start()
-        self.task = self.bar.add_task("embedding", total=self.total, rate="starting workers")
+        self.pace.started = time.monotonic()
+        if self.console.is_terminal:
+            self._gpus = open_gpus()
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self._live.stop()
+
+
+def open_gpus() -> list[Any]:
+    """Handles to ask the GPUs how busy they are, without a CUDA context; none where that cannot be asked."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no NVML, or no driver behind it
+        return []
+
+
+def gpu_lines(gpus: Sequence[Any]) -> list[tuple[str, str, str]]:
+    """How busy each GPU and its JPEG decoder are, in percent of the last moment, where that is known."""
+    lines = []
+    for number, gpu in enumerate(gpus):
+        import pynvml
+
+        busy, decoder = "", ""
+        with contextlib.suppress(Exception):
+            busy = f"{pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu} % busy"
+        with contextlib.suppress(Exception):
+            decoder = f"decoder {pynvml.nvmlDeviceGetJpgUtilization(gpu)[0]} %"
+        if busy or decoder:
+            lines.append((f"GPU {number}", busy, decoder))
+    return lines

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import State, task
+from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
@@ -114,6 +114,7 @@ class _GroupRun:
         self.limit = Limit(resolve_device(options.device), options.shard_timeout)
         self.found = 0  # shards that were done before
         self.records: list[EmbeddingRecord] = []
+        self.fresh: list[EmbeddingRecord] = []
         self.done: set[str] = set()
         self.decoding: ImageEmbedder = embedder
         self.failures: dict[str, ShardFailure] = {}
@@ -196,7 +197,9 @@ class _GroupRun:
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
                 check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
-                self._note(shard, write_embeddings(shard, embedded, self.decoding, self.options.fingerprint))
+                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint)
+                self.fresh.append(record)
+                self._note(shard, record)
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
@@ -291,5 +294,13 @@ def embed_shards(
     shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
 ) -> list[EmbeddingRecord] | State[list[EmbeddingRecord]]:
     """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
+    started = time.monotonic()
     run = _run_group(shards, embedder, options)
-    return Completed(name="Cached", data=run.records) if run.found == len(shards) else run.records
+    if run.found == len(shards):
+        return Completed(name="Cached", data=run.records)
+    seconds, images = time.monotonic() - started, sum(record.samples for record in run.fresh)
+    bad = sum(sum(record.quarantined.values()) for record in run.fresh)
+    get_run_logger().info(
+        "%s: %d images in %.1f s, %.1f images/s, %d quarantined", span, images, seconds, images / seconds, bad
+    )
+    return run.records

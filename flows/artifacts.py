@@ -1,0 +1,208 @@
+"""What the Prefect UI shows of a run besides its state: progress while it works, its account afterwards.
+
+An artifact that cannot be made costs no run its status.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any, Self
+from uuid import UUID
+
+import numpy as np
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.progress import Pace
+from flows.report import REPORT
+from tasks.plan import Plan
+from tasks.report import MANIFEST, Manifest, read_quarantine
+from tasks.sample import Pictures, sample_vectors
+from tasks.shards import EmbeddingRecord
+from tasks.storage import Folder
+
+SECONDS = 3.0
+"""Between two updates of the progress."""
+SHARDS_SHOWN = 500
+QUARANTINED_SHOWN = 200
+EMBEDDED_PICTURES, QUARANTINED_PICTURES = 16, 16
+SIDE = 128
+"""Of a thumbnail, in pixels."""
+A_ROW = 8
+logger = logging.getLogger(__name__)
+
+
+class ProgressArtifact:
+    """One progress artifact of the flow run that it is made in: images done of all, images a second, time left."""
+
+    def __init__(self, dataset: str) -> None:
+        self.key = artifact_key("progress", dataset)
+        self.pace = Pace()
+        self._artifact: UUID | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="progress-artifact", daemon=True)
+
+    def note(self, text: str) -> None:
+        """Nothing: the run's log has it."""
+
+    def found(self, plan: Plan, images: int = 0) -> None:
+        """Note what there is to do."""
+        self.pace = Pace(len(plan.to_embed), images)
+
+    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+        """Count a group of shards."""
+        self.pace.count(records)
+
+    def __enter__(self) -> Self:
+        self.pace = Pace(self.pace.shards_in_all, self.pace.images_in_all)
+        try:
+            made: Any = create_progress_artifact(0.0, key=self.key, description=self.told())
+            self._artifact = made
+            self._thread.start()
+        except Exception as error:
+            logger.warning("no progress artifact: %s", error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._artifact is not None:
+            self._thread.join()
+            self._update()
+
+    def told(self) -> str:
+        """The state of things in a line."""
+        pace = self.pace
+        about = max(pace.images_in_all, pace.images)
+        return (
+            f"{pace.images:,} of about {about:,} images, {pace.shards:,} of {pace.shards_in_all:,} shards; "
+            f"{pace.now:,.1f} images/s now, {pace.average:,.1f} on average; {pace.left}; {pace.bad}"
+        )
+
+    def _keep_up(self) -> None:
+        while not self._over.wait(SECONDS):
+            self._update()
+
+    def _update(self) -> None:
+        assert self._artifact is not None
+        try:
+            update_progress_artifact(self._artifact, progress=100 * self.pace.share, description=self.told())
+        except Exception as error:  # the server is away for a moment, or for good
+            logger.debug("progress not told: %s", error)
+
+
+def artifact_key(kind: str, dataset: str) -> str:
+    """A key that runs over the same dataset share: Prefect takes lower-case letters, digits and dashes."""
+    name = dataset.rstrip("/").rpartition("/")[2].lower()
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', name).strip('-') or 'dataset'}"
+
+
+def show_account(manifest: Manifest, plan: Plan) -> None:
+    """Tables of shards and of quarantined images, a summary, pictures, and a link to the report."""
+    for show in (_summary, _shards, _quarantine, _pictures, _link):
+        try:
+            show(manifest, plan)
+        except Exception as error:
+            logger.warning("artifact %s: %s", show.__name__.strip("_"), error)
+
+
+def _summary(manifest: Manifest, plan: Plan) -> None:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.quarantined_by_reason.items())
+    rows = {
+        "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
+        "quarantined": reasons or "none",
+        "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} of them done before, "
+        f"{manifest.shards_failed:,} failed",
+        "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
+        "vectors": f"{manifest.dimensions} dimensions, decoded: {manifest.decoders}",
+        "rows": f"{manifest.rows:,}, {manifest.rows_without_embedding:,} of them without an embedding",
+        "dataset made": f"`{manifest.metadata}/*.parquet`",
+        "account": f"`{manifest.output}/{MANIFEST}`",
+    }
+    lines = [f"## {manifest.model}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += [f"\n**Warning:** {warning}" for warning in [*manifest.warnings, *manifest.wrong]]
+    lines += [f"\n**Failed:** {shard}: {_cell(why)}" for shard, why in list(manifest.failures.items())[:20]]
+    if manifest.finish_with:
+        lines.append(f"\nRetry does only what failed, as does `{manifest.finish_with}`.")
+    create_markdown_artifact("\n".join(lines), key=artifact_key("summary", manifest.dataset))
+
+
+def _shards(manifest: Manifest, plan: Plan) -> None:
+    """The shards that failed, then the others, newest first."""
+    rows: list[list[Any]] = [[name, "failed", "", "", "", "", _cell(why)] for name, why in manifest.failures.items()]
+    done = sorted(plan.embedded.items(), key=lambda item: -item[1].work.get("ended", 0.0))
+    for name, record in done[: max(SHARDS_SHOWN - len(rows), 0)]:
+        seconds = record.work.get("ended", 0.0) - record.work.get("began", 0.0)
+        rate = f"{record.samples / seconds:,.1f}" if seconds > 0 else ""
+        bad = sum(record.quarantined.values())
+        rows.append([name, "embedded", record.samples, bad, rate, record.decoder, record.worker])
+    header = ["shard", "state", "samples", "quarantined", "images/s while in work", "decoder", "worker or reason"]
+    told = f"{min(len(rows), SHARDS_SHOWN):,} of {manifest.shards:,} shards"
+    key = artifact_key("shards", manifest.dataset)
+    create_table_artifact([dict(zip(header, row, strict=True)) for row in rows[:SHARDS_SHOWN]], key, told)
+
+
+def _quarantine(manifest: Manifest, plan: Plan) -> None:
+    rows = read_quarantine(Folder(manifest.output), QUARANTINED_SHOWN)
+    told = f"{len(rows):,} of {manifest.quarantined:,} quarantined images; all are in {manifest.output}/quarantine"
+    create_table_artifact(
+        [{name: _cell(value) for name, value in row.items()} for row in rows],
+        artifact_key("quarantine", manifest.dataset),
+        told,
+    )
+
+
+def _pictures(manifest: Manifest, plan: Plan) -> None:
+    """One picture: a sample of what was embedded, and below it of what was quarantined and can still be shown."""
+    output = Folder(manifest.output)
+    embedded = sample_vectors(output, EMBEDDED_PICTURES, np.random.default_rng(0)).places
+    bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES)]
+    pictures = Pictures(manifest.dataset, manifest.output, manifest.embedder.get("image_component"))
+    shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
+    sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
+    if sheet is not None:
+        told = "A sample of what was embedded and, below, of what was quarantined and can still be shown."
+        create_image_artifact(sheet, key=artifact_key("pictures", manifest.dataset), description=told)
+
+
+def contact_sheet(groups: dict[str, list[str]]) -> str | None:
+    """Thumbnails (data URLs) in rows under the name of their group, as an SVG in a data URL; None for no thumbnails."""
+    import base64
+
+    parts, y = [], 0
+    for name, urls in groups.items():
+        if not urls:
+            continue
+        parts.append(f'<text x="4" y="{y + 18}" font-family="sans-serif" font-size="14">{html.escape(name)}</text>')
+        y += 26
+        for i, url in enumerate(urls):
+            at = f'x="{i % A_ROW * (SIDE + 8)}" y="{y + i // A_ROW * (SIDE + 8)}"'
+            parts.append(f'<image href="{url}" {at} width="{SIDE}" height="{SIDE}"/>')
+        y += -(-len(urls) // A_ROW) * (SIDE + 8)
+    if not parts:
+        return None
+    size = f'width="{A_ROW * (SIDE + 8)}" height="{y}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _link(manifest: Manifest, plan: Plan) -> None:
+    place = f"{manifest.output.rstrip('/')}/{REPORT}"
+    link = f"file://{place}" if Folder(manifest.output).is_local else place
+    told = "The page that shows the vectors, their neighbours and what was quarantined; it opens from disk."
+    create_link_artifact(link, link_text=REPORT, key=artifact_key("report", manifest.dataset), description=told)
+
+
+def _cell(value: str) -> str:
+    """Text of a file or a message as a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")[:300]
