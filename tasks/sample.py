@@ -43,7 +43,8 @@ def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -
             parquet = pq.ParquetFile(file)
             if not parquet.metadata.num_rows:
                 continue
-            table = parquet.read_row_group(int(generator.integers(parquet.num_row_groups)))
+            group = int(generator.integers(parquet.num_row_groups))
+            table = parquet.read_row_group(group, use_threads=False)  # see `tasks.report.read_quarantine`
         rows = np.sort(generator.permutation(len(table))[: -(-(count - len(places)) // left)])
         matrix = table.column(1).combine_chunks().values.to_numpy().reshape(len(table), -1)
         vectors.append(np.asarray(matrix[rows], np.float32))
@@ -88,7 +89,7 @@ class Pictures:
             raise MalformedShard(f"{tar.name}: no index of it as it is now")
         bad = self._quarantined(shard)
         with self.output.open(f"embeddings/{shard}.parquet") as file:
-            ids = pq.read_table(file, columns=["id"]).column(0).to_pylist()
+            ids = pq.ParquetFile(file).read(columns=["id"], use_threads=False).column(0).to_pylist()
         good, found = [], {}
         for sample in index.samples:
             images = sample.images(self.component)
@@ -108,7 +109,7 @@ class Pictures:
         if not self.output.has(name):
             return {}
         with self.output.open(name) as file:
-            return {row["member"]: row["id"] for row in pq.read_table(file).to_pylist()}
+            return {row["member"]: row["id"] for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()}
 
     def _thumbnail(self, shard: str, component: Component, side: int) -> str | None:
         if component.size > IMAGE_BYTES:
