@@ -34,6 +34,14 @@ help:  ## list these commands
 demo: $(STAMP)  ## embed photographs with trained weights on this machine, no GPU or network needed
 	@$(BIN)/python -m flows.demo $(ARGS)
 
+.PHONY: up
+up: $(STAMP)  ## start a Prefect server, a worker and the deployments here; ARGS="--port 4300 --notify URL"
+	@$(BIN)/python -m deployments.local up $(ARGS)
+
+.PHONY: down
+down: $(STAMP)  ## end them
+	@$(BIN)/python -m deployments.local down
+
 .PHONY: test
 test: $(STAMP)  ## run the tests; ARGS="tests/tasks -x" picks some
 	@$(BIN)/python -m pytest $(ARGS)

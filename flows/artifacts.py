@@ -5,6 +5,7 @@ An artifact that cannot be made costs no run its status.
 
 from __future__ import annotations
 
+import contextvars
 import html
 import logging
 import re
@@ -50,7 +51,7 @@ class ProgressArtifact:
         self.pace = Pace()
         self._artifact: UUID | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep_up, name="progress-artifact", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def note(self, text: str) -> None:
         """Nothing: the run's log has it."""
@@ -68,6 +69,11 @@ class ProgressArtifact:
         try:
             made: Any = create_progress_artifact(0.0, key=self.key, description=self.told())
             self._artifact = made
+            # The context tells the server: without it Prefect starts one of its own, for this thread alone.
+            here = contextvars.copy_context()
+            self._thread = threading.Thread(
+                target=here.run, args=(self._keep_up,), name="progress-artifact", daemon=True
+            )
             self._thread.start()
         except Exception as error:
             logger.warning("no progress artifact: %s", error)
@@ -75,7 +81,7 @@ class ProgressArtifact:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._artifact is not None:
+        if self._thread is not None:
             self._thread.join()
             self._update()
 

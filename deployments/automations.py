@@ -1,0 +1,88 @@
+"""`python -m deployments.automations`: what the server does by itself when a run dies or fails.
+
+A run whose process is gone without a word (a node that lost its power) is marked as crashed once its heartbeats stay
+away; flows send them if PREFECT_FLOWS_HEARTBEAT_FREQUENCY is set for the worker. With --notify URL a failed or crashed
+run is posted there as JSON, as chat services take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from prefect.automations import Automation
+from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+
+HEARTBEAT = 30
+"""Seconds between two heartbeats of a flow run, the least that Prefect takes."""
+MISSED = 3
+"""Heartbeats that stay away before a run counts as dead."""
+ENDED = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")]
+ZOMBIES, FAILURES, BLOCK = "shard-embed: mark dead runs", "shard-embed: tell of failures", "shard-embed-notify"
+
+
+def zombies() -> Automation:
+    """Mark a flow run as crashed whose heartbeats stay away."""
+    return Automation(
+        name=ZOMBIES,
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *ENDED},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=MISSED * HEARTBEAT),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, message="its process is gone; Retry does only what it left undone"
+            )
+        ],
+    )
+
+
+def failures(url: str) -> Automation:
+    """Post every failed or crashed run to a URL."""
+    block = Webhook(method="POST", url=url, allow_private_urls=True).save(BLOCK, overwrite=True)
+    text = "{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}"
+    return Automation(
+        name=FAILURES,
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[CallWebhook(block_document_id=block, payload={"text": text})],
+    )
+
+
+def put(automation: Automation) -> None:
+    """Create it, in place of one of the same name."""
+    with contextlib.suppress(ValueError):
+        there: Any = Automation.read(name=automation.name)
+        there.delete()
+    automation.create()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Put both in place."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.automations", description=__doc__.splitlines()[0])
+    parser.add_argument("--notify", metavar="URL", help="where failed runs are posted as JSON")
+    args = parser.parse_args(arguments)
+    put(zombies())
+    if args.notify:
+        put(failures(args.notify))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
