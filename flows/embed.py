@@ -13,6 +13,7 @@ from typing import Any
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
+from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
@@ -188,8 +189,18 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 
+def deployed_run_name() -> str:
+    """The same for a run that a deployment starts, from its parameters."""
+    given = flow_run.parameters
+    model = given.get("model") or {}
+    options = model if isinstance(model, dict) else model.model_dump()
+    name = options.get("embedder") or options.get("model_name") or ModelOptions().model_name
+    return f"embed {str(given.get('dataset')).rstrip('/').rpartition('/')[2]} with {name}"
+
+
 @flow(
     name="embed",
+    flow_run_name=deployed_run_name,
     persist_result=False,
     result_serializer="json",  # the error of a failed run is kept in any case, by default as a pickle
 )
