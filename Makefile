@@ -48,14 +48,18 @@ test: $(STAMP)  ## run the tests; ARGS="tests/tasks -x" picks some
 
 .PHONY: chaos
 chaos: $(STAMP)  ## run the tests that kill workers and servers in the middle of a run
-	@$(BIN)/python -m pytest -m chaos $(ARGS)
+	@$(BIN)/python -m pytest -m chaos -o faulthandler_timeout=900 $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(STAMP)  ## fuzz the reading of tars for four minutes; ARGS=-max_total_time=60 changes that
 	@$(BIN)/python -m tests.fuzz_tar -max_total_time=240 -print_final_stats=1 $(ARGS)
 
+.PHONY: deployed
+deployed: $(STAMP)  ## run the tests of the deployments on a server of their own, with SQLite and PostgreSQL
+	@$(BIN)/python -m pytest -m deployed $(ARGS)
+
 .PHONY: browser
-browser: $(STAMP)  ## open the report in Chromium, which must be installed
+browser: $(STAMP)  ## open the report and the Prefect UI in Chromium, which must be installed
 	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 .PHONY: lint

@@ -25,6 +25,7 @@ HEARTBEAT = 30
 MISSED = 3
 """Heartbeats that stay away before a run counts as dead."""
 ENDED = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")]
+MESSAGE = """{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ ". " ~ flow_run.state.message) | tojson }} }"""
 ZOMBIES, FAILURES, BLOCK = "shard-embed: mark dead runs", "shard-embed: tell of failures", "shard-embed-notify"
 
 
@@ -52,7 +53,6 @@ def zombies() -> Automation:
 def failures(url: str) -> Automation:
     """Post every failed or crashed run to a URL."""
     block = Webhook(method="POST", url=url, allow_private_urls=True).save(BLOCK, overwrite=True)
-    text = "{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}"
     return Automation(
         name=FAILURES,
         trigger=EventTrigger(
@@ -61,7 +61,7 @@ def failures(url: str) -> Automation:
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[CallWebhook(block_document_id=block, payload={"text": text})],
+        actions=[CallWebhook(block_document_id=block, payload=MESSAGE)],
     )
 
 

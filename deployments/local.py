@@ -12,26 +12,25 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-HOME = Path(".prefect")
 POOL = "shard-embed"
 SECONDS = 90.0
 
 
-def up(port: int, notify: str | None) -> int:
-    """Start what does not run yet, and print where the UI is."""
-    HOME.mkdir(exist_ok=True)
+def up(home: Path, port: int, notify: str | None) -> int:
+    """Start what does not run yet, with all its files in `home`, and print where the UI is."""
+    home.mkdir(parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{port}"
     environment = {
         **os.environ,
-        "PREFECT_HOME": str(HOME.resolve()),
+        "PREFECT_HOME": str(home.resolve()),
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
-    if _running("server") is None:
-        _start("server", ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], environment)
-    _wait(f"{url}/api/health")
+    if _running(home / "server.pid") is None:
+        _start(home / "server", ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], environment)
+    _wait(f"{url}/api/health", home)
     once = [
         ["prefect", "work-pool", "create", "--type", "process", "--overwrite", POOL],
         ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
@@ -44,30 +43,32 @@ def up(port: int, notify: str | None) -> int:
         if done.returncode:
             print(f"error: {module} {' '.join(arguments)}: {done.stdout}{done.stderr}", file=sys.stderr)
             return 1
-    if _running("worker") is None:
-        _start("worker", ["prefect", "worker", "start", "--pool", POOL], environment)
-    print(f"Prefect UI: {url}/deployments    logs: {HOME}/*.log    make down ends it")
+    if _running(home / "worker.pid") is None:
+        _start(home / "worker", ["prefect", "worker", "start", "--pool", POOL], environment)
+    print(f"Prefect UI: {url}/deployments    logs: {home}/*.log    make down ends it")
     return 0
 
 
-def down() -> int:
+def down(home: Path) -> int:
     """End what `up` has started: the worker with the runs it has in hand, then the server."""
     for name in ("worker", "server"):
-        pid = _running(name)
+        file = home / f"{name}.pid"
+        pid = _running(file)
         if pid is not None:
             os.killpg(pid, signal.SIGTERM)
             until = time.monotonic() + 30
-            while _running(name) is not None and time.monotonic() < until:
+            while _running(file) is not None and time.monotonic() < until:
                 time.sleep(0.2)
-            if _running(name) is not None:
+            if _running(file) is not None:
                 os.killpg(pid, signal.SIGKILL)
             print(f"{name} ended")
-        (HOME / f"{name}.pid").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     return 0
 
 
-def _start(name: str, command: Sequence[str], environment: dict[str, str]) -> None:
-    with (HOME / f"{name}.log").open("ab") as log:
+def _start(place: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+    """Start a process; its output goes to `place`.log, its process id to `place`.pid."""
+    with place.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
             env=environment,
@@ -76,28 +77,28 @@ def _start(name: str, command: Sequence[str], environment: dict[str, str]) -> No
             stderr=log,
             start_new_session=True,
         )
-    (HOME / f"{name}.pid").write_text(f"{process.pid}\n")
+    place.with_suffix(".pid").write_text(f"{process.pid}\n")
 
 
-def _running(name: str) -> int | None:
-    """The process that was started under a name, if it is still that one."""
+def _running(file: Path) -> int | None:
+    """The process whose id is in a file, if it is still that one."""
     try:
-        pid = int((HOME / f"{name}.pid").read_text())
+        pid = int(file.read_text())
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return pid if status != "Z" and b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes() else None
     except (OSError, ValueError):
         return None
 
 
-def _wait(url: str) -> None:
+def _wait(url: str, home: Path) -> None:
     until = time.monotonic() + SECONDS
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError as error:
-            if time.monotonic() > until or _running("server") is None:
-                raise SystemExit(f"error: the server does not answer ({error}); see {HOME}/server.log") from error
+            if time.monotonic() > until or _running(home / "server.pid") is None:
+                raise SystemExit(f"error: the server does not answer ({error}); see {home}/server.log") from error
             time.sleep(0.5)
 
 
@@ -106,9 +107,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m deployments.local", description=__doc__)
     parser.add_argument("what", choices=("up", "down"))
     parser.add_argument("--port", type=int, default=4200)
+    parser.add_argument("--home", type=Path, default=Path(".prefect"), help="folder for database, logs and process ids")
     parser.add_argument("--notify", metavar="URL", help="where failed runs are posted as JSON")
     args = parser.parse_args(arguments)
-    return up(args.port, args.notify) if args.what == "up" else down()
+    return up(args.home, args.port, args.notify) if args.what == "up" else down(args.home)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def contact_sheet(groups: dict[str, list[str]]) -> str | None:
     for name, urls in groups.items():
         if not urls:
             continue
-        parts.append(f'<text x="4" y="{y + 18}" font-family="sans-serif" font-size="14">{html.escape(name)}</text>')
+        parts.append(
+            f'<text x="4" y="{y + 18}" font-family="sans-serif" font-size="14" fill="#888">{html.escape(name)}</text>'
+        )
         y += 26
         for i, url in enumerate(urls):
             at = f'x="{i % A_ROW * (SIDE + 8)}" y="{y + i // A_ROW * (SIDE + 8)}"'

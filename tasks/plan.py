@@ -102,6 +102,8 @@ class Plan:
     options: MergeOptions
     embedded: dict[str, EmbeddingRecord]
     merged: dict[str, MergeRecord]
+    gone: tuple[str, ...] = ()
+    """Shards that the output has embeddings of and the dataset has no more."""
 
     @property
     def to_embed(self) -> list[Shard]:
@@ -164,7 +166,9 @@ def make_plan(
             merged[shard.name] = done
     if verify:
         merged = _only(shards, merged, lambda shard: intact(*options.place(shard)))
-    return Plan(tuple(shards), embedder, options, embedded, merged)
+    there = {file.name.removesuffix(".parquet") for file in embeddings.list(".parquet")}
+    gone = sorted(there - {shard.name for shard in shards})
+    return Plan(tuple(shards), embedder, options, embedded, merged, tuple(gone))
 
 
 def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:

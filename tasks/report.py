@@ -111,6 +111,19 @@ def account(
 
 
 def warnings(plan: Plan) -> list[str]:
+    """What a person should look at: shards that have gone, ids that have no partner."""
+    return [*_gone(plan), *_mismatch(plan)]
+
+
+def _gone(plan: Plan) -> list[str]:
+    if not plan.gone:
+        return []
+    examples = ", ".join(plan.gone[:3])
+    stay = "their rows stay in the output until their files are deleted"
+    return [f"{len(plan.gone):,} shards of the output are no longer in the dataset, such as {examples}; {stay}"]
+
+
+def _mismatch(plan: Plan) -> list[str]:
     """A line where over 1 % of the images have no metadata row, or of the rows no image; with examples.
 
     Rows of images that could not be fetched, as img2dataset notes them, are no mismatch.
