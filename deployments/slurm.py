@@ -1,0 +1,70 @@
+"""`python -m deployments.slurm --partition gpu --nodes 4 -- DATASET --output OUT …`: a run on GPUs of a Slurm cluster.
+
+Runs where jobs can be submitted and stays there: it is the run's client and Dask's scheduler. Each job is a node with
+one Dask worker a GPU, started by dask-cuda. What follows `--` is the command line of `flows.embed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tasks.cluster import TASKS_A_GPU
+
+
+def cluster(args: argparse.Namespace) -> Any:
+    """The cluster, of which no job is submitted yet."""
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise SystemExit("error: dask-jobqueue is missing: pip install dask-jobqueue") from error
+    exported = [f"export {name}={shlex.quote(os.environ[name])}" for name in ("PREFECT_API_URL",) if name in os.environ]
+    return SLURMCluster(
+        queue=args.partition,
+        cores=args.cpus,
+        processes=1,
+        memory=args.memory,
+        walltime=args.time,
+        interface=args.interface,
+        job_extra_directives=[f"--gres=gpu:{args.gpus}", *args.sbatch],
+        job_script_prologue=[*exported, *args.prologue],
+        worker_command="dask_cuda.cli",
+        # A mapped tar counts as a worker's memory though the system can drop it at any time.
+        worker_extra_args=["--nthreads", str(TASKS_A_GPU), "--memory-limit", "0", "--device-memory-limit", "0"],
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start the jobs, run the flow on them, end them."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.slurm", description=__doc__.splitlines()[0])
+    parser.add_argument("--partition", help="Slurm partition with the GPUs")
+    parser.add_argument("--nodes", type=int, default=1, help="jobs, one a node")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs a node")
+    parser.add_argument("--cpus", type=int, default=16, help="processor cores a node")
+    parser.add_argument("--memory", default="64GB", help="memory a node")
+    parser.add_argument("--time", default="24:00:00", help="wall clock limit of a job")
+    parser.add_argument("--interface", help="network interface that nodes share, such as ib0")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="DIRECTIVE", help="such as --account=me")
+    parser.add_argument("--prologue", action="append", default=[], metavar="LINE", help="shell line before the worker")
+    parser.add_argument("--print", action="store_true", help="print the job script and end")
+    parser.add_argument("embed", nargs="*", help="after --: the command line of flows.embed")
+    args = parser.parse_args(arguments)
+    if not args.print and "PREFECT_API_URL" not in os.environ:
+        parser.error("set PREFECT_API_URL to a Prefect server that the nodes reach, such as http://login:4200/api")
+    from flows.cli import main as embed
+
+    with cluster(args) as jobs:
+        if args.print:
+            print(jobs.job_script())
+            return 0
+        jobs.scale(jobs=args.nodes)
+        jobs.wait_for_workers(1)
+        return embed([*args.embed, "--scheduler", jobs.scheduler_address])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
