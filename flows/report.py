@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from embedders.errors import InputError
 from tasks.checks import measure_vectors
-from tasks.report import MANIFEST, Manifest, read_quarantine
+from tasks.report import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.sample import Pictures, Sampled, sample_vectors
 from tasks.shards import EmbeddingRecord, embedding_record, read_footers
 from tasks.storage import Folder
@@ -50,13 +49,7 @@ def write_report(output: str, seed: int = 0) -> str:
     except ImportError as error:
         raise InputError("the report needs plotly: pip install plotly") from error
     folder = Folder(output)
-    text = folder.read_text(MANIFEST)
-    if text is None:
-        raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
-    try:
-        manifest = Manifest(**json.loads(text))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
+    manifest = read_manifest(output)
     generator = np.random.default_rng(seed)
     sampled = sample_vectors(folder, VECTORS, generator)
     component = manifest.embedder.get("image_component")

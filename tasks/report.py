@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
+from embedders.errors import InputError
 from tasks.checks import check_vectors
 from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
@@ -148,6 +149,20 @@ def write_manifest(manifest: Manifest) -> None:
     """Write manifest.json into the output, whole or not at all."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
     Folder(manifest.output).write_text(MANIFEST, text)
+
+
+def read_manifest(output: str) -> Manifest:
+    """The account in an output.
+
+    :raises InputError: there is none, or it is not readable.
+    """
+    text = Folder(output).read_text(MANIFEST)
+    if text is None:
+        raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
+    try:
+        return Manifest(**json.loads(text))
+    except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+        raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
 
 
 def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:

@@ -74,6 +74,16 @@ class Pictures:
                         found[shard, sample_id] = url
         return found
 
+    def members(self, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """The images' names in their tars, by shard and id, for those that are within reach."""
+        found = {}
+        for shard in {shard for shard, _ in places}:
+            with contextlib.suppress(OSError, MalformedShard):
+                components = self._components(shard)
+                ids = {sample_id for of, sample_id in places if of == shard} & components.keys()
+                found.update({(shard, sample_id): printable(components[sample_id].name) for sample_id in ids})
+        return found
+
     def _components(self, shard: str) -> Mapping[str, Component]:
         """The image of each sample of a shard, by the id that the output has for it.
 
