@@ -17,7 +17,7 @@ def test_a_run_in_a_terminal(server: str, demo_dataset: Path, tmp_path: Path) ->
     master, slave = pty.openpty()
     call = [sys.executable, "-m", "flows.embed", str(demo_dataset), "--output", str(tmp_path / "out")]
     call += ["--model-name", TINY, "--no-pretrained", "--device", "cpu", "--workers", "1", "--json"]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    environment = {**os.environ, "TERM": "xterm-256color", "DO_NOT_TRACK": "1", "COLUMNS": "120", "LINES": "40"}
     process = subprocess.Popen(call, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=slave)
     os.close(slave)
     shown = b""
