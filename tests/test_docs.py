@@ -59,6 +59,7 @@ def runnable(page: str) -> Iterator[Block]:
             yield block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(b.language in {"python", "sh"} for b in runnable(page))]
 )
