@@ -62,10 +62,6 @@ deployed: $(STAMP)  ## run the tests of the deployments on a server of their own
 docs: $(STAMP)  ## run every code block of the README and docs/
 	@$(BIN)/python -m pytest -m slow tests/test_docs.py $(ARGS)
 
-.PHONY: docs
-docs: $(STAMP)  ## run every code block of the README and docs/
-	@$(BIN)/python -m pytest -m slow tests/test_docs.py $(ARGS)
-
 .PHONY: browser
 browser: $(STAMP)  ## open the report and the Prefect UI in Chromium, which must be installed
 	@$(BIN)/python -m pytest -m browser $(ARGS)
