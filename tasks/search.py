@@ -35,7 +35,7 @@ def find_vector(output: Folder, sample_id: str) -> np.ndarray:
     """
     for _, parquet in _files(output):
         for group in range(parquet.num_row_groups):
-            ids = parquet.read_row_group(group, columns=["id"]).column(0).to_pylist()
+            ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
             if sample_id in ids:
                 return _matrix(parquet, group)[ids.index(sample_id)]
     raise InputError(f"{output.url}: no embedded sample has the id {sample_id!r}; quarantined ones have no vector")
@@ -61,7 +61,7 @@ def nearest(output: Folder, query: np.ndarray, count: int, embedder: str | None 
             if vectors.shape[1] != len(unit):
                 raise InputError(f"{output.url}: vectors of {vectors.shape[1]} dimensions, the query has {len(unit)}")
             scores, rows = _top(vectors, unit, count)
-            ids = parquet.read_row_group(group, columns=["id"]).column(0).to_pylist()
+            ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
             found = [Found(score, shard, ids[row]) for score, row in zip(scores, rows, strict=True)]
             best = heapq.nlargest(count, [*best, *found])
     if not best:
@@ -93,6 +93,6 @@ def _files(output: Folder) -> Iterator[tuple[str, pq.ParquetFile]]:
 
 def _matrix(parquet: pq.ParquetFile, group: int) -> np.ndarray:
     """The vectors of a row group, (rows, dimensions) float32."""
-    column = parquet.read_row_group(group, columns=[parquet.schema_arrow.names[1]]).column(0)
+    column = parquet.read_row_group(group, columns=[parquet.schema_arrow.names[1]], use_threads=False).column(0)
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(values, np.float32).reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

@@ -22,6 +22,7 @@ import s3fs
 
 from embedders import TimmImageEmbedder
 from flows.cli import main
+from flows.sensor import new_shards
 from tasks.embed import EmbedOptions, embed_group
 from tasks.shards import digest, find_shards
 from tests.servers import Proxy, s3_server
@@ -220,6 +221,13 @@ def test_a_second_run_asks_for_footers_only(
     assert [path for method, path in proxy.requests if method == "GET" and ".parquet" in path].count(
         "/bucket/out/embeddings/00000.parquet"
     ) <= 2  # this command plans twice: before the flow, and for the account
+
+
+def test_new_shards_in_a_store_are_seen(disturbed: Run, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": store}.items():
+        monkeypatch.setenv(name, value)
+    assert new_shards("s3://bucket/data", "s3://bucket/out") == []
+    assert [tar.name for tar in new_shards("s3://bucket/data", "s3://bucket/nothing")] == ["00000.tar", "00001.tar"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
