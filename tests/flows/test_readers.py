@@ -18,8 +18,8 @@ from .conftest import ROOT
 def test_the_readers_of_the_readme(crawl: Path, tmp_path: Path) -> None:
     """Every line that opens the output does, and finds all its rows."""
     shutil.copytree(crawl / "out", tmp_path / "demo-out")
-    (reading,) = [code for code in blocks("README.md", "python") if "duckdb.sql" in code]
-    (mapping,) = [code for code in blocks("README.md", "python") if "mmap_mode" in code]
+    (reading,) = [block.code for block in blocks("README.md") if "duckdb.sql" in block.code]
+    (mapping,) = [block.code for block in blocks("README.md") if "mmap_mode" in block.code]
     check = """
 import numpy as np
 from flows.export import main
