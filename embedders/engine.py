@@ -53,6 +53,8 @@ class EmbeddedShard:
     vectors: np.ndarray
     quarantined: list[QuarantinedSample]
     seconds: float
+    waited: dict[str, float] = field(default_factory=dict)
+    """Seconds that the engine waited for the loader ("decode") and for the model ("model") since the shard before."""
 
     @property
     def samples(self) -> int:
@@ -74,6 +76,29 @@ class _Pending:
         return int(self.done.sum()) + len(self.rejected) >= len(self.done)
 
 
+class _Waited:
+    """A stop watch with a sum for each stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._sums: dict[str, float] = {}
+
+    def count(self, stage: str) -> None:
+        """The time since the last call was this stage's."""
+        now = time.perf_counter()
+        self._sums[stage] = self._sums.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def skip(self) -> None:
+        """The time since the last call was nobody's."""
+        self._last = time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """The sums; they begin anew."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
 class Engine:
     """An embedder with its model loaded on a device."""
 
@@ -89,15 +114,20 @@ class Engine:
         """
         opened: dict[int, _Pending] = {}
         in_flight: deque[tuple[ShardBatch, Any, int]] = deque()
+        waited = _Waited()
         for batch in self.embedder.batches(_watched(shards, opened), self.device):
+            waited.count("decode")
             in_flight.append((batch, self._forward(batch), max(opened)))
             if len(in_flight) >= IN_FLIGHT:
                 earlier, vectors, newest = in_flight.popleft()
                 self._settle(earlier, vectors, opened)
-                yield from _completed(opened, newest)
+                waited.count("model")
+                yield from _completed(opened, newest, waited)
+            waited.count("model")
         for batch, vectors, _ in in_flight:
             self._settle(batch, vectors, opened)
-        yield from _completed(opened, max(opened, default=0) + 1)
+        waited.count("model")
+        yield from _completed(opened, max(opened, default=0) + 1, waited)
         for pending in opened.values():
             raise RuntimeError(f"{type(self.embedder).__name__}.batches left out samples of {pending.shard.path}")
 
@@ -186,13 +216,14 @@ def _scatter(pending: _Pending, samples: np.ndarray, matrix: np.ndarray) -> None
     pending.done[samples[fresh]] = True
 
 
-def _completed(opened: dict[int, _Pending], newest: int) -> Iterator[EmbeddedShard]:
+def _completed(opened: dict[int, _Pending], newest: int, waited: _Waited) -> Iterator[EmbeddedShard]:
     """Take out the shards before the newest one whose samples are all accounted for."""
     for number in [n for n, pending in opened.items() if n < newest and pending.complete]:
-        yield _finish(opened.pop(number))
+        yield _finish(opened.pop(number), waited.take())
+        waited.skip()
 
 
-def _finish(pending: _Pending) -> EmbeddedShard:
+def _finish(pending: _Pending, waited: dict[str, float]) -> EmbeddedShard:
     shard = pending.shard
     vectors = np.zeros((0, 0), np.float32) if pending.vectors is None else pending.vectors
     if pending.vectors is not None and not pending.done.all():
@@ -202,4 +233,4 @@ def _finish(pending: _Pending) -> EmbeddedShard:
         QuarantinedSample(shard.ids[i], printable(shard.member_of(i)), str(r.reason), printable(r.detail))
         for i, r in sorted(pending.rejected.items())
     ]
-    return EmbeddedShard(shard, ids, vectors, quarantined, time.monotonic() - pending.started)
+    return EmbeddedShard(shard, ids, vectors, quarantined, time.monotonic() - pending.started, waited)

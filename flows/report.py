@@ -111,7 +111,25 @@ def _throughput(folder: Folder) -> str:
         for worker, line in lines.items()
     ]
     axes = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": "images/s"}}}
-    return "<h2>Throughput by worker</h2>" + _plot("throughput", traces, axes)
+    return "<h2>Throughput by worker</h2>" + _plot("throughput", traces, axes) + _stages(records)
+
+
+STAGES = ("read", "decode", "model", "write")
+
+
+def _stages(records: Sequence[EmbeddingRecord]) -> str:
+    """What each worker's time went to. Stages run side by side: the longest one is what the others wait for."""
+    rows = []
+    for worker in sorted({record.worker for record in records}):
+        works = [record.work for record in records if record.worker == worker]
+        spent = [sum(work.get(stage, 0.0) for work in works) for stage in STAGES]
+        if whole := sum(spent):
+            cells = "".join(f"<td>{100 * seconds / whole:.0f} %" for seconds in spent)
+            rows.append(f"<tr><th>{_text(worker)}{cells}")
+    if not rows:
+        return ""
+    head = "".join(f"<th>{stage}" for stage in STAGES)
+    return f"<h3>Where the time went</h3><table><tr><th>worker{head}{''.join(rows)}</table>"
 
 
 def _rate(record: EmbeddingRecord, edges: np.ndarray) -> np.ndarray:
@@ -136,11 +154,9 @@ def _spread(sampled: Sampled) -> str:
 
 
 def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
-    """The sample's first two principal components."""
+    """The sample in two dimensions."""
     rows = generator.permutation(len(sampled.vectors))[:MAP_POINTS]
-    centred = sampled.vectors - sampled.vectors.mean(axis=0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    points = centred[rows] @ axes[:, -2:][:, ::-1]
+    points, how = _flattened(sampled.vectors, rows)
     places = [sampled.places[row] for row in rows]
     urls = pictures.of(places, 80) if pictures else {}
     labels = [f"{shard} {sample_id}" for shard, sample_id in places]
@@ -149,7 +165,21 @@ def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gener
     trace |= {"y": points[:, -1].astype(float).round(5).tolist()}
     plot = _plot("map", [trace], {"hovermode": "closest", "height": 560})
     hover = HOVER % _json([urls.get(place) for place in places])
-    return f"<h2>Map (principal components)</h2>{plot}<div id=hover></div>{hover}"
+    return f"<h2>Map ({how})</h2>{plot}<div id=hover></div>{hover}"
+
+
+def _flattened(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str]:
+    """Some rows of a matrix in two dimensions, and by what: UMAP if it is installed, else principal components."""
+    try:
+        from umap import UMAP
+    except ImportError:
+        centred = vectors - vectors.mean(axis=0)
+        _, axes = np.linalg.eigh(centred.T @ centred)
+        return centred[rows] @ axes[:, -2:][:, ::-1], "principal components"
+    neighbours = min(15, max(2, len(rows) - 1))
+    return np.asarray(
+        UMAP(n_neighbors=neighbours, metric="cosine", random_state=0).fit_transform(vectors[rows])
+    ), "UMAP"
 
 
 def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:

@@ -9,7 +9,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -119,6 +119,8 @@ class _GroupRun:
         self.decoding: ImageEmbedder = embedder
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
+        self._read: dict[str, float] = {}
+        self._wrote = 0.0
 
     def go(self, shards: Sequence[Shard]) -> None:
         unfinished: Exception | None = None
@@ -159,11 +161,13 @@ class _GroupRun:
             stack.callback(_watch.leave, shard.name)
             _watch.take(shard.name, self.limit.of(shard.tar_bytes, 0))
             try:
+                began = time.monotonic()
                 path = tar.path()
                 opened = self._describe(shard, path)
                 check_unchanged(shard)
                 _watch.take(shard.name, self.limit.of(shard.tar_bytes, len(opened.ids)))
                 opened.read_ahead()
+                self._read[shard.name] = time.monotonic() - began
             except Exception as error:
                 stack.close()
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
@@ -197,7 +201,10 @@ class _GroupRun:
                         f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
                     )
                 check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
-                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint)
+                stages = {"read": self._read.pop(shard.name), **embedded.waited, "write": self._wrote}
+                began = time.monotonic()
+                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages)
+                self._wrote = time.monotonic() - began  # the next shard's record tells it: a file cannot tell its own
                 self.fresh.append(record)
                 self._note(shard, record)
             except Exception as error:
@@ -230,10 +237,15 @@ class _GroupRun:
 
 
 def write_embeddings(
-    shard: Shard, embedded: EmbeddedShard, embedder: ImageEmbedder, fingerprint: str
+    shard: Shard,
+    embedded: EmbeddedShard,
+    embedder: ImageEmbedder,
+    fingerprint: str,
+    stages: Mapping[str, float] | None = None,
 ) -> EmbeddingRecord:
     """Write a shard's quarantine and then, as the record that it is done, its embeddings.
 
+    :param stages: the seconds that stages took, for the record.
     :raises MalformedShard: the account does not balance; nothing is written then.
     """
     record = EmbeddingRecord(
@@ -246,7 +258,8 @@ def write_embeddings(
         decoder=embedder.decoder,
         versions=versions(),
         vectors=measure_vectors(embedded.vectors),
-        work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)},
+        work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)}
+        | {stage: round(seconds, 3) for stage, seconds in (stages or {}).items()},
         worker=f"{platform.node()}:{os.getpid()}",
     )
     if not record.balanced:

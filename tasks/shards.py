@@ -111,7 +111,8 @@ class EmbeddingRecord:
     vectors: dict[str, float] = field(default_factory=dict)
     """See `tasks.checks.measure_vectors`."""
     work: dict[str, float] = field(default_factory=dict)
-    """When the shard was begun and ended, in seconds since 1970."""
+    """When the shard was begun and ended, in seconds since 1970; and for how many seconds its tar was read, the engine
+    waited for the decoder and for the model, and the file before it was written."""
     worker: str = ""
     """The machine and the process that did it."""
 
