@@ -55,6 +55,9 @@ def test_one_page_shows_all_there_is(made: Path, copied: Path, capsys: pytest.Ca
     assert not re.search(r"(src|href)=.?(https?:)?//", own)
     assert own.count("data:image/webp") > 254  # on the map, beside their neighbours, and what was quarantined
     assert "class=wrong" not in page
+    heads, cells = (re.findall(rf"<{tag}>([^<]*)", page.partition("Where the time went")[2]) for tag in ("th", "td"))
+    assert heads[:5] == ["worker", "read", "decode", "model", "write"]
+    assert sum(int(cell.removesuffix(" %")) for cell in cells[:4]) == pytest.approx(100, abs=2)
 
 
 def test_thumbnails_are_of_the_samples_that_they_stand_for(made: Path) -> None:
