@@ -228,7 +228,9 @@ class TimmImageEmbedder(ImageEmbedder):
         """The model as fast as it gets here, with what it does in a second noted in `_measured`."""
         import torch
 
-        image = torch.zeros(self.data_config["input_size"], device=device, dtype=self._dtype(device))
+        # Noise, since a model without biases makes zeros of zeros, and those have no direction to compare.
+        noise = torch.randn(self.data_config["input_size"], generator=torch.Generator().manual_seed(0))
+        image = noise.to(device=device, dtype=self._dtype(device))
         if device.startswith("cuda"):
             self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), image)
         elif self.compile_model is None and self._expected:

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.flows.conftest import processes_with
 from tests.servers import free_port
 
 from .conftest import Prefect, up
@@ -144,3 +146,22 @@ def test_postgresql_as_the_servers_database(postgres: str, demo_dataset: Path, t
         assert run["state_type"] == "COMPLETED", run["state"]
         assert prefect.artifacts(run["id"])["progress"]["data"] == 100
     assert not list((tmp_path / "home").glob("*.db"))
+
+
+def test_a_run_whose_machine_died_is_marked(demo_dataset: Path, tmp_path: Path) -> None:
+    """The worker and all of the run are gone without a word, as after a power cut; Retry would do the rest."""
+    home, mark = tmp_path / "home", f"DIED={tmp_path.name}"
+    with up(home, FAULT="hangs:00003", **dict([mark.split("=")])) as prefect:
+        given: dict[str, Any] = {"model": {"embedder": "tests.faulty:Faulty"}, "work": {"device": "cpu"}}
+        run = prefect.start("embed/on-demand", dataset=str(demo_dataset), output=str(tmp_path / "out"), **given)
+        until = time.monotonic() + 120
+        while len(written(tmp_path / "out")) < 3:
+            assert time.monotonic() < until, prefect.ask(f"/flow_runs/{run}")["state"]
+            time.sleep(0.5)
+        server = int((home / "server.pid").read_text())
+        for pid, _ in processes_with(mark):
+            if os.getsid(pid) != server:
+                os.kill(pid, signal.SIGKILL)
+        ended = prefect.ended(run, seconds=180)
+    assert ended["state_type"] == "CRASHED"
+    assert ended["state"]["message"] == "its process is gone; Retry does only what it left undone"
