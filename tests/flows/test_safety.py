@@ -80,10 +80,13 @@ def secured(tmp_path: Path, server: str) -> Iterator[tuple[str, dict[str, str]]]
                 )
         yield address, environment
     finally:
-        for process in processes:
+        for process in reversed(processes):  # a worker whose scheduler goes first may wait for it
             process.terminate()
-        for process in processes:
-            process.wait(20)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def hostile(folder: Path, demo_dataset: Path) -> Path:
