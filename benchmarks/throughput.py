@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -42,6 +43,7 @@ NEMO_BATCH, NEMO_THREADS = 1024, 4
 """NeMo Curator 0.9's defaults for its TimmImageEmbedder."""
 DAMAGED = 100
 """One image in so many is broken where damage is measured."""
+COMMAND_SHARDS = 4
 WARM_UP = 8
 """Batches before the clock starts, for the stages that measure one part."""
 
@@ -231,12 +233,14 @@ def _replaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _open(tars: Iterable[str]) -> list[Any]:
     """Shards as the flow's tasks hand them over: samples described, images' headers read, pages in memory."""
     from embedders.webdataset import OpenShard, describe, map_tar, read_tar
+    from tasks.worker import collect_garbage_seldom
 
     opened = []
     for tar in tars:
         data = map_tar(tar)
         opened.append(OpenShard(tar, data, describe(data, read_tar(data, tar), "key", headers=True), "key"))
         opened[-1].read_ahead()
+    collect_garbage_seldom()  # as a worker does
     return opened
 
 
@@ -324,7 +328,7 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         written = sorted(path.stat().st_mtime for path in Path(output, "embeddings").iterdir())
         merged = sorted(path.stat().st_mtime for path in Path(output, "metadata").iterdir())
         busy = [trace.busy(batches, skip=20) for batches in trace.load(Path(traces))]
-        memory = max(trace.load_memory(Path(traces)), key=max, default=[0.0])
+        memory = max(trace.load_memory(Path(traces)), key=max, default=[(0.0, 0.0)])
     per_shard = manifest.samples / manifest.shards
     steady = per_shard * (len(written) - 1) / (written[-1] - written[0]) if len(written) > 1 else 0.0
     return {
@@ -335,14 +339,33 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         "longest_gap": max((worker.longest_gap for worker in busy), default=0.0),
         "mean_gap": max((worker.mean_gap for worker in busy), default=0.0),
         "decoders": manifest.decoders,
-        "memory_at_half_of_it_gb": memory[len(memory) // 2],
-        "memory_at_its_end_gb": memory[-1],
+        "memory_at_half_of_it_gb": memory[len(memory) // 2][0],
+        "memory_at_its_end_gb": memory[-1][0],
+        "mapped_files_gb": memory[-1][1],
         "seconds": wall,
         "until_first_file": written[0] - started,
         "first_to_last_file": written[-1] - written[0],
         "until_merged": merged[-1] - written[-1],
         "after_merge": started + wall - merged[-1],
     }
+
+
+def command(setting: Setting) -> dict[str, float]:
+    """`python -m flows.embed` over the first shards, from its start until the first embeddings file lies there."""
+    with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
+        dataset, output = Path(folder, "dataset"), Path(folder, "output")
+        dataset.mkdir()
+        for tar in setting.tars()[:COMMAND_SHARDS]:
+            for path in (Path(tar), Path(tar).with_suffix(".parquet")):
+                (dataset / path.name).symlink_to(path)
+        options = ["--device", "gpu" if setting.device == "cuda" else "cpu", "--model-name", setting.model]
+        options += [] if setting.pretrained else ["--no-pretrained"]
+        started = time.time()
+        call = [sys.executable, "-m", "flows.embed", str(dataset), "--output", str(output), *options, "--json"]
+        subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+        ended = time.time()
+        first = min(path.stat().st_mtime for path in (output / "embeddings").iterdir())
+    return {"until_first_file": first - started, "seconds": ended - started}
 
 
 def traced(embedder: TimmImageEmbedder, folder: Path) -> TimmImageEmbedder:
@@ -495,6 +518,7 @@ def stages(setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[Any, .
         found["model_compiled"] = model_alone, (True,)
     found["one_process"] = one_process, ()
     found["flow"] = whole_flow, ()
+    found["command"] = command, ()
     found["plain_script"] = plain_script, ()
     found["pipeline_a_shard"] = pipeline_a_shard, ()
     return found
@@ -528,6 +552,7 @@ LABELS = {
     "model_compiled": "model alone, torch.compile",
     "one_process": "engine in one process, no Prefect, no Dask, no writing",
     "flow": "the whole flow, steady part",
+    "command": "the command",
     "plain_script": "peer: webdataset, DataLoader, Pillow",
     "pipeline_a_shard": "peer: one DALI pipeline a shard (NeMo Curator 0.9's way)",
 }
@@ -546,13 +571,27 @@ def table(results: dict[str, Any]) -> str:
     flow = rate(results, "flow")
     lines = ["| what | images/s | flow / this |", "|---|---:|---:|"]
     for name, label in LABELS.items():
-        if name in results:
+        if name in results and name != "command":
             value = rate(results, name)
             ratio = f"{flow / value:.2f}" if value and flow else "–"
             lines.append(f"| {label} | {value:,.1f} | {ratio} |")
             if name == "flow" and "whole" in results[name]:
                 lines.append(f"| the whole flow, from the call to its return | {results[name]['whole']:,.1f} | – |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *about_the_run(results)])
+
+
+def about_the_run(results: dict[str, Any]) -> Iterator[str]:
+    """What else is asked of the flow, a line each."""
+    flow, call = results.get("flow", {}), results.get("command", {})
+    if "busy_share" in flow:
+        yield f"decoders {flow['decoders']}"
+        yield f"the model ran for {flow['busy_share']:.3f} of the time"
+        longest, mean = flow["longest_gap"] * 1000, flow["mean_gap"] * 1000
+        yield f"between two batches: at most {longest:.0f} ms, {mean:.1f} on average"
+        half, end = flow["memory_at_half_of_it_gb"], flow["memory_at_its_end_gb"]
+        yield f"a worker's own memory: {half:.2f} GB at half of the run, {end:.2f} at its end"
+    if "until_first_file" in call:
+        yield f"from the command to the first embeddings file: {call['until_first_file']:.1f} s"
 
 
 def machine(device: str) -> dict[str, Any]:

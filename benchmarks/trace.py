@@ -45,7 +45,7 @@ def watch(folder: Path | None = None) -> None:
             with open(folder / f"{os.getpid()}.jsonl", "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in _seconds(_marks[:LINES], first[0]))
             with open(folder / f"{os.getpid()}.memory", "a") as file:
-                file.write(f"{own_memory():.3f}\n")
+                file.write("{:.3f} {:.3f}\n".format(*memory()))
             del _marks[:LINES]
         return result
 
@@ -83,15 +83,17 @@ def load(folder: Path) -> list[list[tuple[float, float, int]]]:
     return [[(s, e, n) for s, e, n in map(json.loads, lines)] for lines in files if lines]
 
 
-def own_memory() -> float:
-    """GB of memory of this process that no file stands behind: mapped tars are the system's to drop."""
+def memory() -> tuple[float, float]:
+    """GB of memory of this process: its own, and pages of mapped files, which are the system's to drop."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1e6
+    sizes = {name: int(value.split()[0]) / 1e6 for name, value in (line.split(":") for line in lines if "kB" in line)}
+    return sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"]
 
 
-def load_memory(folder: Path) -> list[list[float]]:
-    """What each worker's own memory was, in GB, every LINES batches."""
-    return [[float(line) for line in path.read_text().split()] for path in sorted(folder.glob("*.memory"))]
+def load_memory(folder: Path) -> list[list[tuple[float, float]]]:
+    """What each worker's memory was, as `memory` gives it, every LINES batches."""
+    files = [path.read_text().splitlines() for path in sorted(folder.glob("*.memory"))]
+    return [[(float(own), float(mapped)) for own, mapped in map(str.split, lines)] for lines in files]
 
 
 def busy(batches: Sequence[tuple[float, float, int]], skip: int = 0) -> Busy:

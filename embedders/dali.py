@@ -1,6 +1,6 @@
 """The fast loader: one DALI pipeline that lives as long as its owner and gives Pillow's pixels.
 
-Building a pipeline with a GPU decoder takes 1.7 s, so there is one, fed batch by batch from whatever shards the
+Building a pipeline with a GPU decoder takes 1.7 s, so it is built once, and fed batch by batch from whatever shards the
 samples come from. Three things make its output timm's (mean pixel difference 0.003 of 255 for bicubic):
 
 - sizes and origins are computed beforehand from the image headers, with torchvision's rounding (`Preprocessing`);
@@ -40,7 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEPTH = 3
-"""Batches in the pipeline at once: one being waited for, the others decoding while the caller computes."""
+"""Batches in a pipeline at once: one being waited for, the others decoding while the caller computes."""
+
+DECODERS = 2
+"""Pipelines that take turns where nvJPEG decodes. A decoder prepares a batch for the hardware only when its last one is
+through, colours converted; while the model has the GPU that takes long, and the hardware would stand idle meanwhile."""
 
 HARDWARE_SHARE = 0.9
 """The part of a full batch that goes to the GPU's JPEG decoder; the rest, and what that decoder cannot do (progressive
@@ -134,7 +138,7 @@ def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, 
 
 @dataclass
 class _Scheduled:
-    """A batch under way: `samples` are in DALI's pipeline, `others` with Pillow, as `rows`.
+    """A batch under way: `samples` are in DALI's `pipeline`, `others` with Pillow, as `rows`.
 
     `sizes` are the heights and widths of `samples`, shape (n, 2).
     """
@@ -143,6 +147,7 @@ class _Scheduled:
     sizes: np.ndarray
     others: list[Encoded] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    pipeline: Any = None
 
 
 class DaliLoader:
@@ -180,7 +185,8 @@ class DaliLoader:
         self._apply_exif = apply_exif
         self._row = Reference(transform, preprocessing.mode, max_pixels, apply_exif, preprocessing)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-loader")
-        self._pipeline: Any = None
+        self._pipelines: list[Any] = []
+        self._turn = 0
 
     def batches(self, samples: Iterable[Encoded]) -> Iterator[LoadedBatch]:
         """Yield batches of at most the batch size; see `embedders.loader.Loader`.
@@ -191,7 +197,7 @@ class DaliLoader:
         in_flight: deque[_Scheduled] = deque()
         try:
             while True:
-                while len(in_flight) < DEPTH and (chunk := list(islice(stream, self._batch_size))):
+                while len(in_flight) < self._count * DEPTH and (chunk := list(islice(stream, self._batch_size))):
                     in_flight.append(self._route(chunk))
                     self._schedule(in_flight)
                 if not in_flight:
@@ -202,8 +208,8 @@ class DaliLoader:
             self._drain(in_flight)
 
     def close(self) -> None:
-        """Free the pipeline with its device memory, and end the threads."""
-        self._pipeline = None
+        """Free the pipelines with their device memory, and end the threads."""
+        self._pipelines = []
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _route(self, chunk: list[Encoded]) -> _Scheduled:
@@ -228,16 +234,23 @@ class DaliLoader:
         pixels, after = sizes.prod(axis=1), resized.resize_h * resized.resize_w
         return (pixels <= self._max_pixels) & (after >= 1) & (after <= self._max_pixels)
 
+    @property
+    def _count(self) -> int:
+        """How many pipelines take turns."""
+        return DECODERS if self._decode is Decode.FAST else 1
+
     def _schedule(self, in_flight: deque[_Scheduled]) -> None:
-        """Feed the newest batch to the pipeline and let it run."""
+        """Feed the newest batch to the pipeline whose turn it is and let it run."""
         batch = in_flight[-1]
         if not batch.samples:
             return
-        if self._pipeline is None:
-            self._pipeline = self._build()
+        if not self._pipelines:
+            self._pipelines = [self._build() for _ in range(self._count)]
+        batch.pipeline = self._pipelines[self._turn]
+        self._turn = (self._turn + 1) % self._count
         try:
-            self._feed([sample.data for sample in batch.samples], batch.sizes)
-            self._pipeline.schedule_run()
+            self._feed(batch.pipeline, [sample.data for sample in batch.samples], batch.sizes)
+            batch.pipeline.schedule_run()
         except RuntimeError as error:
             self._recover(in_flight, error)
 
@@ -246,13 +259,13 @@ class DaliLoader:
         if not in_flight[0].samples:
             return None
         try:
-            return self._take()
+            return self._take(in_flight[0].pipeline)
         except RuntimeError as error:
             self._recover(in_flight, error)
             return None
 
-    def _take(self) -> torch.Tensor:
-        """The next outputs of the pipeline, without a copy.
+    def _take(self, pipeline: Any) -> torch.Tensor:
+        """The next outputs of a pipeline, without a copy.
 
         The tensor owns its memory: DALI's default executor does not touch what was handed out until it is freed, and
         then in the order of the stream that it was asked for on.
@@ -261,23 +274,23 @@ class DaliLoader:
         from torch.utils.dlpack import from_dlpack
 
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
-        (output,) = self._pipeline.share_outputs(cuda_stream=stream)
-        self._pipeline.release_outputs()
+        (output,) = pipeline.share_outputs(cuda_stream=stream)
+        pipeline.release_outputs()
         return from_dlpack(output.as_tensor())
 
     def _recover(self, in_flight: deque[_Scheduled], error: RuntimeError) -> None:
-        """Give every image that is in the pipeline to Pillow, and the pipeline up.
+        """Give every image that is in a pipeline to Pillow, and the pipelines up.
 
         DALI does not say which image it failed on, and after an error in a CPU operator the pipeline is dead. This
         costs seconds, but only images that look sound and are not come here.
         """
         count = sum(len(batch.samples) for batch in in_flight)
         logger.warning("DALI failed on one of %d images; Pillow takes them: %s", count, _cause(error))
-        self._pipeline = None
+        self._pipelines = []
         for batch in in_flight:
             batch.others += batch.samples
             batch.rows += [self._pool.submit(self._row, sample) for sample in batch.samples]
-            batch.samples = []
+            batch.samples, batch.pipeline = [], None
 
     def _join(self, batch: _Scheduled, images: torch.Tensor | None) -> LoadedBatch:
         import torch
@@ -293,43 +306,42 @@ class DaliLoader:
         return LoadedBatch(parts[0] if len(parts) == 1 else torch.cat(parts), own + tags, rejected)
 
     def _drain(self, in_flight: deque[_Scheduled]) -> None:
-        """Wait for what a caller that stopped early left behind, so that the next call begins with an idle pipeline."""
+        """Wait for what a caller that stopped early left behind, so that the next call begins with idle pipelines."""
         for batch in in_flight:
             for row in batch.rows:
                 row.cancel()
         try:
             for batch in in_flight:
-                if batch.samples and self._pipeline is not None:
-                    self._take()
+                if batch.samples and batch.pipeline is not None:
+                    self._take(batch.pipeline)
         except RuntimeError as error:
             logger.warning("DALI failed on an image that nobody waits for: %s", _cause(error))
-            self._pipeline = None
+            self._pipelines = []
 
     def _build(self) -> Any:
-        """The pipeline, which has run once.
+        """A pipeline, which has run once.
 
         The first `schedule_run` of a pipeline starts DEPTH iterations, the later ones one each. So the first is spent
         here on tiny images, which also brings an error in the installation to light where it can be understood. They
         are full batches: the decoder takes the first one as the measure of how many images the hardware gets, ever.
         """
-        self._pipeline = _pipeline(
-            self._preprocessing, self._decode, self._batch_size, self._num_threads, self._device, self._dtype
-        )
-        self._pipeline.build()
+        threads = max(1, self._num_threads // self._count)
+        pipeline = _pipeline(self._preprocessing, self._decode, self._batch_size, threads, self._device, self._dtype)
+        pipeline.build()
         tiny = _tiny_jpeg(_TINY)
         for _ in range(DEPTH):
-            self._feed([tiny] * self._batch_size, np.full((self._batch_size, 2), _TINY))
-        self._pipeline.schedule_run()
+            self._feed(pipeline, [tiny] * self._batch_size, np.full((self._batch_size, 2), _TINY))
+        pipeline.schedule_run()
         for _ in range(DEPTH):
-            self._take()
-        return self._pipeline
+            self._take(pipeline)
+        return pipeline
 
-    def _feed(self, images: list[np.ndarray], sizes: np.ndarray) -> None:
-        """Hand one batch to the pipeline. `images` are not copied: they must outlive the iteration."""
-        self._pipeline.feed_input("encoded", images)
+    def _feed(self, pipeline: Any, images: list[np.ndarray], sizes: np.ndarray) -> None:
+        """Hand one batch to a pipeline. `images` are not copied: they must outlive the iteration."""
+        pipeline.feed_input("encoded", images)
         for name, values in windows(self._preprocessing, sizes[:, 0], sizes[:, 1])._asdict().items():
             if name != "origin" or self._preprocessing.pads:
-                self._pipeline.feed_input(name, values)
+                pipeline.feed_input(name, values)
 
 
 _TINY = 64

@@ -6,6 +6,8 @@ shards come from or where vectors go.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -99,10 +101,28 @@ class _Waited:
         return sums
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3)."""
+
+
+def _keep_freed_memory() -> None:
+    """Have this process's malloc use freed memory again, instead of giving it back to the system.
+
+    A model asks for the same tensors batch after batch. By default large ones are mapped and unmapped each time, and
+    Dask's workers are told to give back all else too: the system then clears pages for half of the time (EfficientNet-
+    Lite0 on two cores: 37 images/s, and 105 this way). The process stays as large as it was at its largest.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
 class Engine:
     """An embedder with its model loaded on a device."""
 
     def __init__(self, embedder: ImageEmbedder, device: str) -> None:
+        _keep_freed_memory()
         self.embedder = embedder
         self.device = device
         self.model = embedder.load_embedding_model(device)

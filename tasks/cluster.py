@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -175,18 +177,37 @@ def _start(device: str, workers: int) -> Any:
     if device == "cuda":
         from dask_cuda import LocalCUDACluster
 
-        _set_threads(max(1, available_cores() // workers))
+        _set_environment(_threads(max(1, available_cores() // workers)) | {"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
         return LocalCUDACluster(**_gpu_cluster(workers))
     from distributed import LocalCluster
 
+    _set_environment({"MALLOC_ARENA_MAX": "1"})
     return LocalCluster(**_cpu_cluster(workers))
 
 
 def import_early() -> None:
-    """Import in a worker what its first task will need; nothing goes on there before that is done."""
-    for name in ("torch", "timm", "nvidia.dali", "tasks.embed"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    """Import in a worker what its first task will need, and wake its GPU; no task begins there before that is done."""
+    gc.disable()  # modules are no garbage
+    try:
+        gpu = threading.Thread(target=_wake_gpu, daemon=True)
+        for name in ("torch", "timm", "nvidia.dali", "tasks.embed"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+            if name == "torch":
+                gpu.start()
+        gpu.join()
+    finally:
+        gc.enable()
+
+
+def _wake_gpu() -> None:
+    """Load the driver and the libraries that every model uses, which takes seconds and no Python."""
+    import torch
+
+    if torch.cuda.is_available():
+        images = torch.zeros(1, 16, 16, 16, device="cuda", dtype=torch.float16)
+        torch.nn.functional.conv2d(images, images) @ images[0, 0, :1]
+        torch.cuda.synchronize()
 
 
 def task_runner(address: str) -> DaskTaskRunner:
@@ -238,8 +259,13 @@ def _threads(count: int) -> dict[str, str]:
     return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-def _set_threads(count: int) -> None:
-    """The same for workers of dask-cuda, which replaces `env` by its own."""
+def _set_environment(variables: dict[str, str]) -> None:
+    """What workers need in their environment before they begin: dask-cuda replaces their `env` by its own.
+
+    CUDA_DEVICE_MAX_CONNECTIONS: DALI's decoders use dozens of streams. With the driver's 8 hardware queues some of them
+    lie behind the model's, and decoding waits for it. MALLOC_ARENA_MAX: glibc unmaps the heap of a thread as soon as
+    it is empty, whatever `embedders.engine` tells it; the main one stays.
+    """
     import dask
 
-    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in _threads(count).items()})
+    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in variables.items()})
