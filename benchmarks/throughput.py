@@ -257,6 +257,21 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
         return clocked(counts, setting.seconds, synchronizer(setting.device), 2 if setting.device == "cpu" else WARM_UP)
 
 
+def model_float8(setting: Setting) -> dict[str, float]:
+    """The model with linear layers in float8, and the cosine of its vectors to those in float32, on photographs."""
+    eight = setting.embedder(precision="float8")
+    model = eight.load_embedding_model(setting.device)
+    size = eight.input_batch(setting.device)
+    batch = next(eight.batches(_open(setting.tars()[:1]), setting.device)).images.clone()
+    with torch.inference_mode():
+        vectors = model(batch)
+        counts = (len(model(batch)) for _ in itertools.count())
+        rate = clocked(counts, setting.seconds, synchronizer(setting.device))
+        exact = setting.embedder(precision="float32", compile_model=False, batch_size=size)
+        cosines = (vectors * exact.load_embedding_model(setting.device)(batch.float())).sum(dim=1)
+    return {"images_per_second": rate, "cosine_mean": float(cosines.mean()), "cosine_worst": float(cosines.min())}
+
+
 def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
     from benchmarks import trace
@@ -516,6 +531,7 @@ def stages(setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[Any, .
     found["model"] = model_alone, (False,)
     if setting.device == "cuda":
         found["model_compiled"] = model_alone, (True,)
+        found["model_float8"] = model_float8, ()
     found["one_process"] = one_process, ()
     found["flow"] = whole_flow, ()
     found["command"] = command, ()
@@ -550,6 +566,7 @@ LABELS = {
     "decode_damaged": "the last one with 1 % of the images damaged",
     "model": "model alone, not compiled",
     "model_compiled": "model alone, torch.compile",
+    "model_float8": "the same with linear layers in float8",
     "one_process": "engine in one process, no Prefect, no Dask, no writing",
     "flow": "the whole flow, steady part",
     "command": "the command",

@@ -60,6 +60,8 @@ class Precision(enum.StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+    """float16 with linear layers in float8."""
 
 
 class TimmImageEmbedder(ImageEmbedder):
@@ -214,6 +216,7 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         import torch
 
+        from embedders.float8 import to_float8
         from embedders.rewritten import rewrite
 
         dtype = self._dtype(device)
@@ -221,6 +224,8 @@ class TimmImageEmbedder(ImageEmbedder):
         if device.startswith("cuda"):
             model = rewrite(model)
         model = model.to(device=device, dtype=dtype)
+        if self.precision is Precision.FLOAT8:
+            model = to_float8(model, device)
         convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
         layout = torch.channels_last if convolutional else torch.contiguous_format
         model = model.to(memory_format=layout)
@@ -257,6 +262,8 @@ class TimmImageEmbedder(ImageEmbedder):
     def _compiles(self, device: str) -> bool:
         if self.compile_model is not None:
             return self.compile_model
+        if self.precision is Precision.FLOAT8:
+            return True  # each product has its operands scaled and rounded first, which pays only as one kernel
         measured: Measured | None = getattr(self, "_measured", None)
         if measured is None or not measured.rate:
             return False
@@ -322,6 +329,8 @@ class TimmImageEmbedder(ImageEmbedder):
         """What the model computes in."""
         import torch
 
+        if self.precision is Precision.FLOAT8:
+            return torch.float16
         if self.precision is not Precision.AUTO:
             return getattr(torch, self.precision)
         return torch.float16 if self.autocast and device.startswith("cuda") else torch.float32

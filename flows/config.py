@@ -46,7 +46,8 @@ class ModelOptions(_Options):
     normalize_embeddings: bool = Field(True, description="Scale each vector to length 1.")
     autocast: bool = Field(True, description="float16 weights and arithmetic on a GPU; without, float32.")
     precision: Precision = Field(
-        Precision.AUTO, description="float32, float16 or bfloat16 on any device, instead of what autocast says."
+        Precision.AUTO,
+        description="float32, float16 or bfloat16 on any device, or float8 on a GPU, instead of what autocast says.",
     )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images a batch.")
 

@@ -120,8 +120,8 @@ def rebuild(made_by: Mapping[str, Any], checkpoint: str | None, custom: str | No
             batch_size=1,
             num_threads_per_worker=1,
             normalize_embeddings=made_by["normalized"],
-            autocast=precision == "float16 on a GPU",
-            precision="auto" if precision in {"float32", "float16 on a GPU"} else precision,
+            autocast=precision in {"float16 on a GPU", "float8"},  # one photograph needs no float8
+            precision="auto" if precision in {"float32", "float16 on a GPU", "float8"} else precision,
             **chosen,
         )
     try:

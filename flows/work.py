@@ -77,6 +77,8 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     device = "auto" if config.scheduler else choose_device(config.device)
     given = embedder is not None
     embedder = embedder if embedder is not None else config.build_embedder()
+    if device == "cpu" and getattr(embedder, "precision", None) == "float8":
+        raise InputError("--precision float8 needs a GPU, and there is none here; give float16 or leave it out")
     fingerprint = embedder.fingerprint()
     options = replace(merge_options(config, embedder), embedder=fingerprint)
     try:

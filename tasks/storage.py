@@ -157,6 +157,10 @@ class Folder:
             if ".." in name.split("/"):
                 raise InputError(f"{self.url}: the name {name!r} leads out of the folder; rename it or take it away")
         names = sorted(name for name in infos if not any(part.startswith(".") for part in name.split("/")))
+        for name in names:
+            if infos[name].get("islink"):  # fsspec's listing tells the link's own time, a question the file's
+                with contextlib.suppress(FileNotFoundError):
+                    infos[name] = self._ask(self.fs.info, self.path(name))
         if any(infos[name].get("size") is None for name in names):  # an HTTP index page tells names only
             infos = dict(zip(names, in_bulk(lambda name: self._ask(self.fs.info, self.path(name)), names), strict=True))
         return [FileInfo(name, int(infos[name].get("size") or 0), _fingerprint(infos[name])) for name in names]

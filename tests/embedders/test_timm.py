@@ -13,7 +13,7 @@ from PIL import Image
 
 from embedders import TimmImageEmbedder
 from embedders.batch_size import Measured
-from embedders.timm import TRIAL
+from embedders.timm import NO_CORE_DECODES, TRIAL
 from embedders.webdataset import OpenShard, open_shard
 
 IMAGES = 2 * (2 * TRIAL) + 3
@@ -55,6 +55,19 @@ def test_auto_decides_by_what_the_first_batches_show(
         assert rows == list(range(IMAGES))
         assert embedder.decoder == then
     assert built == (["exact", "fast"] if then == "fast" else ["exact"])
+
+
+@pytest.mark.parametrize(("per_core", "fast"), [(NO_CORE_DECODES * 1.1, True), (NO_CORE_DECODES * 0.9, False)])
+def test_a_model_that_no_core_keeps_up_with_needs_no_trial(
+    monkeypatch: pytest.MonkeyPatch, per_core: float, fast: bool
+) -> None:
+    embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2, num_threads_per_worker=3)
+    asked = []
+    embedder._decoder = "exact"
+    monkeypatch.setattr(embedder, "_build_loader", lambda device, fast: asked.append(fast))
+    embedder._measured = Measured(2, 3 * per_core)
+    embedder._open_loader("cuda")
+    assert asked == [fast]
 
 
 def test_too_few_images_decide_nothing(shard: OpenShard) -> None:

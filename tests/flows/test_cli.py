@@ -121,6 +121,7 @@ def test_metadata_that_is_no_parquet(capsys: pytest.CaptureFixture[str], dataset
         (["--wrokers", "2"], "--workers"),
         (["--embedder", "no_such_module:Class"], "no_such_module"),
         (["--device", "gpu"], "no GPU"),
+        (["--no-pretrained", "--device", "cpu", "--precision", "float8"], "float8 needs a GPU"),
     ],
 )
 def test_wrong_options(

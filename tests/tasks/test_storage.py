@@ -180,3 +180,18 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     folder.sweep()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["a/.mine.tmp", "a/whole.parquet"]
+
+
+def test_a_linked_file_is_listed_with_the_time_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "elsewhere" / "a.tar"
+    file.write_bytes(b"content")
+    os.utime(file, (1, 1))
+    (tmp_path / "folder" / "a.tar").symlink_to(file)
+    (tmp_path / "folder" / "b.tar").symlink_to(tmp_path / "gone.tar")
+    folder = Folder(str(tmp_path / "folder"))
+    listed = folder.list(".tar")
+    assert [info.name for info in listed] == ["a.tar", "b.tar"]
+    assert listed[0] == folder.info("a.tar")
+    assert listed[0].fingerprint == "7-1.0"
