@@ -8,7 +8,9 @@ and the vectors themselves stay Arrow from file to file, whatever types they hav
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,8 @@ from tasks.shards import EmbeddingRecord, MergeRecord, Shard, read_embedding_rec
 from tasks.storage import Folder
 from tasks.vectors import read_vectors, rows_a_group, take_rows, vector_array, write_groups
 
+logger = logging.getLogger(__name__)
+
 SHARDS_A_TASK = 1000
 """Shards of one Dask job: a shard costs Dask milliseconds, a Prefect task a fifth of a second."""
 EXAMPLES = 3
@@ -53,6 +57,7 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
     import dask
     import dask.dataframe as dd
 
+    backend = installed(backend)
     with dask.config.set({"dataframe.backend": backend}):
         some_rows = to_frame(pa.table({ID: TEXT, ROW: NUMBERS}), backend)
         some_places = to_frame(pa.table({ID: TEXT, PLACE: NUMBERS}), backend)
@@ -115,6 +120,14 @@ def merge_partition(rows: Any, places: Any, named: Any, options: MergeOptions, b
     """Join a shard's ids and write its file; its record as a frame of one line."""
     record = write_merged(join(rows, places), Shard(**read_line(named)), options)
     return to_line(asdict(record), backend)
+
+
+def installed(backend: str) -> str:
+    """The backend asked for, or pandas where a GPU has no cuDF beside it: the joined files are the same."""
+    if backend == "cudf" and importlib.util.find_spec("cudf") is None:
+        logger.warning("cuDF is not installed; joining on pandas")
+        return "pandas"
+    return backend
 
 
 def to_frame(table: pa.Table, backend: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_rows_keep_their_order_and_get_their_own_vector(client: Client, make_sha
     }
     assert record == read_merge_record(shard.target, shard.merged_file)
     assert (record.rows, record.rows_without_embedding, record.embeddings_without_row) == (3, 0, 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cudf") is not None, reason="here cuDF is installed, and needs a GPU")
+def test_a_gpu_without_cudf_joins_on_pandas(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["c", "a", "b"]}))
+    (record,) = merge_group([shard], OPTIONS, "cudf", client)
+    assert record.rows == 3
+    assert merged(shard)["image_embedding"].to_pylist() == [VECTOR["c"], VECTOR["a"], VECTOR["b"]]
 
 
 def test_every_type_of_column_comes_through(client: Client, make_shard: MakeShard) -> None:
