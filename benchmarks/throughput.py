@@ -246,6 +246,9 @@ def _open(tars: Iterable[str]) -> list[Any]:
 
 def model_alone(setting: Setting, compile_model: bool) -> float:
     """The embedder's model on batches that lie on the device, float16 on a GPU."""
+    from embedders.engine import keep_freed_memory
+
+    keep_freed_memory()  # as the engine does
     embedder = setting.embedder(compile_model=compile_model)
     model = embedder.load_embedding_model(setting.device)
     size = embedder.input_batch(setting.device)

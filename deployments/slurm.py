@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.cluster import TASKS_A_GPU
+from tasks.cluster import GPU_ENVIRONMENT, TASKS_A_GPU
 
 
 def cluster(args: argparse.Namespace) -> Any:
@@ -22,7 +22,8 @@ def cluster(args: argparse.Namespace) -> Any:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise SystemExit("error: dask-jobqueue is missing: pip install dask-jobqueue") from error
-    exported = [f"export {name}={shlex.quote(os.environ[name])}" for name in ("PREFECT_API_URL",) if name in os.environ]
+    told = {name: os.environ[name] for name in ("PREFECT_API_URL",) if name in os.environ} | GPU_ENVIRONMENT
+    exported = [f"export {name}={shlex.quote(value)}" for name, value in told.items()]
     return SLURMCluster(
         queue=args.partition,
         cores=args.cpus,

@@ -165,11 +165,13 @@ class DaliLoader:
         dtype: torch.dtype | None = None,
         max_pixels: int = MAX_PIXELS,
         apply_exif: bool = False,
+        decoders: int | None = None,
     ) -> None:
         """`transform` is the reference transform that `preprocessing` stands for; it serves the images DALI does not.
 
         Batches are `dtype` (float32 if None, or float16) on `device`, "cpu" or "cuda"; a GPU is always the first one
-        the process sees. The pipeline is built at the first batch. Raises ValueError for Decode.FAST on the CPU.
+        the process sees. `decoders` pipelines take turns, by default as many as are best; they are built at the first
+        batch. Raises ValueError for Decode.FAST on the CPU.
         """
         import torch
 
@@ -185,6 +187,7 @@ class DaliLoader:
         self._apply_exif = apply_exif
         self._row = Reference(transform, preprocessing.mode, max_pixels, apply_exif, preprocessing)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-loader")
+        self._decoders = decoders or (DECODERS if decode is Decode.FAST else 1)
         self._pipelines: list[Any] = []
         self._turn = 0
 
@@ -197,7 +200,7 @@ class DaliLoader:
         in_flight: deque[_Scheduled] = deque()
         try:
             while True:
-                while len(in_flight) < self._count * DEPTH and (chunk := list(islice(stream, self._batch_size))):
+                while len(in_flight) < self._decoders * DEPTH and (chunk := list(islice(stream, self._batch_size))):
                     in_flight.append(self._route(chunk))
                     self._schedule(in_flight)
                 if not in_flight:
@@ -234,20 +237,15 @@ class DaliLoader:
         pixels, after = sizes.prod(axis=1), resized.resize_h * resized.resize_w
         return (pixels <= self._max_pixels) & (after >= 1) & (after <= self._max_pixels)
 
-    @property
-    def _count(self) -> int:
-        """How many pipelines take turns."""
-        return DECODERS if self._decode is Decode.FAST else 1
-
     def _schedule(self, in_flight: deque[_Scheduled]) -> None:
         """Feed the newest batch to the pipeline whose turn it is and let it run."""
         batch = in_flight[-1]
         if not batch.samples:
             return
         if not self._pipelines:
-            self._pipelines = [self._build() for _ in range(self._count)]
+            self._pipelines = [self._build() for _ in range(self._decoders)]
         batch.pipeline = self._pipelines[self._turn]
-        self._turn = (self._turn + 1) % self._count
+        self._turn = (self._turn + 1) % self._decoders
         try:
             self._feed(batch.pipeline, [sample.data for sample in batch.samples], batch.sizes)
             batch.pipeline.schedule_run()
@@ -325,7 +323,7 @@ class DaliLoader:
         here on tiny images, which also brings an error in the installation to light where it can be understood. They
         are full batches: the decoder takes the first one as the measure of how many images the hardware gets, ever.
         """
-        threads = max(1, self._num_threads // self._count)
+        threads = max(1, self._num_threads // self._decoders)
         pipeline = _pipeline(self._preprocessing, self._decode, self._batch_size, threads, self._device, self._dtype)
         pipeline.build()
         tiny = _tiny_jpeg(_TINY)

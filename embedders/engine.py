@@ -105,7 +105,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have this process's malloc use freed memory again, instead of giving it back to the system.
 
     A model asks for the same tensors batch after batch. By default large ones are mapped and unmapped each time, and
@@ -122,7 +122,7 @@ class Engine:
     """An embedder with its model loaded on a device."""
 
     def __init__(self, embedder: ImageEmbedder, device: str) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self.embedder = embedder
         self.device = device
         self.model = embedder.load_embedding_model(device)

@@ -13,6 +13,9 @@ from embedders.errors import InputError
 
 LARGEST = 448.0
 """The largest number of float8_e4m3fn."""
+ALIKE_IN_FLOAT8 = 0.99
+"""Cosine that a compiled model's vectors must have to those of the same model as it is: what is fused is rounded
+elsewhere, and a number on the border of two of e4m3's falls to the other side (0.998 for ViT-L/14)."""
 SMALLEST_SIDE = 512
 """Layers with a side shorter than this gain nothing."""
 

@@ -43,11 +43,11 @@ class Prepared:
         return self._run()[:count].clone()
 
 
-def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool) -> Forward:
+def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike: float = ALIKE) -> Forward:
     """The model's fastest way for batches like `images`, (size, channels, height, width), that gives the same vectors.
 
     What does not work for a model (no compiler, an operator that cannot be recorded, other vectors) is left out with a
-    warning.
+    warning. Vectors are the same if their cosine is at least `alike`.
     """
     import torch
 
@@ -78,7 +78,7 @@ def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool) -> For
         if run is None:
             return model
         agreement = torch.nn.functional.cosine_similarity(run().float().flatten(1), expected.flatten(1)).min()
-        if not agreement >= ALIKE:
+        if not agreement >= alike:
             logger.warning("the model runs as it is: made quicker, its vectors have a cosine of %.4f", float(agreement))
             return model
         return Prepared(model, run, buffer)

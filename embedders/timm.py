@@ -17,7 +17,7 @@ from embedders.batch_size import Measured, best_batch, images_per_second
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, LoadedBatch, Loader
-from embedders.prepared import COMPILE_SECONDS, prepare
+from embedders.prepared import ALIKE, COMPILE_SECONDS, prepare
 from embedders.preprocess import NotConvertible, Preprocessing, timm_transform
 from embedders.webdataset import OpenShard, open_shard
 from embedders.weights import RANDOM, Weights, resolve_weights
@@ -216,7 +216,6 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         import torch
 
-        from embedders.float8 import to_float8
         from embedders.rewritten import rewrite
 
         dtype = self._dtype(device)
@@ -225,6 +224,8 @@ class TimmImageEmbedder(ImageEmbedder):
             model = rewrite(model)
         model = model.to(device=device, dtype=dtype)
         if self.precision is Precision.FLOAT8:
+            from embedders.float8 import to_float8
+
             model = to_float8(model, device)
         convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
         layout = torch.channels_last if convolutional else torch.contiguous_format
@@ -241,6 +242,8 @@ class TimmImageEmbedder(ImageEmbedder):
         """The model as fast as it gets here, with what it does in a second noted in `_measured`."""
         import torch
 
+        from embedders.float8 import ALIKE_IN_FLOAT8
+
         # Noise, since a model without biases makes zeros of zeros, and those have no direction to compare.
         noise = torch.randn(self.data_config["input_size"], generator=torch.Generator().manual_seed(0))
         image = noise.to(device=device, dtype=self._dtype(device))
@@ -251,7 +254,8 @@ class TimmImageEmbedder(ImageEmbedder):
             self._measured = Measured(size, images_per_second(model, _batch_of(image, size, layout), 1, 1))
         example = _batch_of(image, self.input_batch(device), layout)
         try:
-            forward = prepare(model, example, compiled=self._compiles(device))
+            alike = ALIKE_IN_FLOAT8 if self.precision is Precision.FLOAT8 else ALIKE
+            forward = prepare(model, example, self._compiles(device), alike)
             if device.startswith("cuda"):
                 self._measured = Measured(len(example), images_per_second(forward, example))
         except torch.OutOfMemoryError:  # a batch size that was asked for; the engine halves such batches

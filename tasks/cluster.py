@@ -26,6 +26,12 @@ TASKS_A_GPU = 3
 """Task threads of a worker: while one task's shards are computed, the next one is under way (see tasks/worker.py).
 A GPU may be through with a group of small shards before Prefect has told the end of the one before."""
 
+GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""DALI's decoders use dozens of streams. With the driver's 8 hardware queues some of them lie behind the model's, and
+decoding waits for it."""
+CPU_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""glibc unmaps a thread's heap as soon as it is empty, whatever `embedders.engine` tells it; the main one stays."""
+
 DEATHS_FORGIVEN = 1
 """Workers that may die over a task before it fails. Its shards are then tried one by one, and each may do so again."""
 
@@ -177,11 +183,11 @@ def _start(device: str, workers: int) -> Any:
     if device == "cuda":
         from dask_cuda import LocalCUDACluster
 
-        _set_environment(_threads(max(1, available_cores() // workers)) | {"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
+        _set_environment(_threads(max(1, available_cores() // workers)) | GPU_ENVIRONMENT)
         return LocalCUDACluster(**_gpu_cluster(workers))
     from distributed import LocalCluster
 
-    _set_environment({"MALLOC_ARENA_MAX": "1"})
+    _set_environment(CPU_ENVIRONMENT)
     return LocalCluster(**_cpu_cluster(workers))
 
 
@@ -260,12 +266,7 @@ def _threads(count: int) -> dict[str, str]:
 
 
 def _set_environment(variables: dict[str, str]) -> None:
-    """What workers need in their environment before they begin: dask-cuda replaces their `env` by its own.
-
-    CUDA_DEVICE_MAX_CONNECTIONS: DALI's decoders use dozens of streams. With the driver's 8 hardware queues some of them
-    lie behind the model's, and decoding waits for it. MALLOC_ARENA_MAX: glibc unmaps the heap of a thread as soon as
-    it is empty, whatever `embedders.engine` tells it; the main one stays.
-    """
+    """What workers need in their environment before they begin; dask-cuda replaces their `env` by its own."""
     import dask
 
     dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in variables.items()})

@@ -55,7 +55,8 @@ def test_the_slurm_job_starts_a_worker_a_gpu(capsys: pytest.CaptureFixture[str],
     asked = ["--print", "--partition", "gpu", "--gpus", "8", "--sbatch=--account=me", "--interface", "lo"]
     assert slurm.main(asked) == 0
     script = capsys.readouterr().out
-    assert {"#SBATCH -p gpu", "#SBATCH --gres=gpu:8", "#SBATCH --account=me"} <= set(script.splitlines())
+    expected = {"#SBATCH -p gpu", "#SBATCH --gres=gpu:8", "#SBATCH --account=me"}
+    assert expected | {"export CUDA_DEVICE_MAX_CONNECTIONS=32"} <= set(script.splitlines())
     worker = script.strip().splitlines()[-1]
     assert " -m dask_cuda.cli tcp://127.0.0.1:" in worker
     assert worker.rindex("--nthreads 3") > worker.index("--nthreads 16")  # the last one counts

@@ -98,7 +98,7 @@ def encoded(images: dict[str, bytes]) -> list[Encoded]:
 
 @pytest.fixture
 def make_loader() -> Iterator[Callable[..., Loader]]:
-    """Builds loaders by kind ("dali" or "reference") and closes them."""
+    """Builds loaders by kind ("dali", "two of dali" in turns as on a GPU, or "reference") and closes them."""
     loaders: list[Loader] = []
 
     def make(kind: str, changes: dict[str, Any] | None = None, **options: Any) -> Loader:
@@ -107,7 +107,7 @@ def make_loader() -> Iterator[Callable[..., Loader]]:
         if kind == "reference":
             loaders.append(ReferenceLoader(value.transform(), mode=value.mode, **options))
         else:
-            loaders.append(DaliLoader(value.transform(), **options))
+            loaders.append(DaliLoader(value.transform(), decoders=2 if kind == "two of dali" else None, **options))
         return loaders[-1]
 
     yield make
@@ -382,7 +382,7 @@ def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., Loa
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dali", "reference"])
+@pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
 def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., Loader]) -> None:
     samples = encoded(stream_of_photographs())[:21]
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=8)
@@ -393,7 +393,7 @@ def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., Lo
     assert list(loader.batches([])) == []
 
 
-@pytest.mark.parametrize("kind", ["dali", "reference"])
+@pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
 def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable[..., Loader]) -> None:
     samples = encoded(stream_of_photographs())
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
@@ -405,7 +405,7 @@ def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable
     assert all(torch.equal(image, copies[tag]) for tag, image in rows(kept).items())
 
 
-@pytest.mark.parametrize("kind", ["dali", "reference"])
+@pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
 def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader: Callable[..., Loader]) -> None:
     samples = encoded(stream_of_photographs())
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
@@ -414,7 +414,7 @@ def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader:
     assert [batch.tags for batch in loader.batches(samples[9:11])] == [[sample.tag for sample in samples[9:11]]]
 
 
-@pytest.mark.parametrize("kind", ["dali", "reference"])
+@pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
 def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[..., Loader]) -> None:
     samples = encoded(stream_of_photographs())
 
@@ -428,13 +428,14 @@ def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[
     assert len(rows(list(loader.batches(samples)))) == len(samples)
 
 
-def test_a_batch_that_dali_refuses_is_recovered(make_loader: Callable[..., Loader]) -> None:
+@pytest.mark.parametrize("kind", ["dali", "two of dali"])
+def test_a_batch_that_dali_refuses_is_recovered(kind: str, make_loader: Callable[..., Loader]) -> None:
     bad, _ = found_in_the_wild()["png with a flipped byte"]
     assert inspect(bad).dali  # or this tests nothing
     images = dict(itertools.islice(stream_of_photographs().items(), 30))
     names = list(images)
     images = {**{name: images[name] for name in names[:11]}, "bad": bad, **{name: images[name] for name in names[11:]}}
-    loader = make_loader("dali", batch_size=3)
+    loader = make_loader(kind, batch_size=3)
     for _ in range(2):
         batches = list(loader.batches(encoded(images)))
         assert reasons(batches) == {"bad": Reason.CORRUPT}
