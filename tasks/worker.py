@@ -101,6 +101,8 @@ class SharedEngine:
         if self._thread.is_alive():
             self._line.put(None)
         self._thread.join()
+        gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
+        gc.collect()
 
     def _feed(self, shards: Iterable[OpenShard], task: _Task) -> None:
         """Put a task's shards in line."""

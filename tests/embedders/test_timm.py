@@ -70,6 +70,13 @@ def test_a_model_that_no_core_keeps_up_with_needs_no_trial(
     assert asked == [fast]
 
 
+def test_a_cpu_decodes_exactly_whatever_is_asked_for(shard: OpenShard) -> None:
+    embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=4, num_threads_per_worker=1, decode="fast")
+    embedder._measured = Measured(4, 1e12)
+    assert sum(len(batch.rows) for batch in embedder.batches([shard], "cpu")) == IMAGES
+    assert embedder.decoder == "exact"
+
+
 def test_too_few_images_decide_nothing(shard: OpenShard) -> None:
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=IMAGES, num_threads_per_worker=1)
     embedder._measured = Measured(IMAGES, 1e12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +76,31 @@ def test_an_engine_is_made_once_and_replaced_for_another_embedder(paths: list[st
     assert ids(paths[:1], embedder, "other") == expected([0])
     assert ids(paths[:1], embedder, "kept") == expected([0])
     assert len(embedder._models) == 3
+
+
+class SelfReferring(Sizes):
+    """Its model is in a cycle, as a compiled one is."""
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        class Model:
+            def __init__(self) -> None:
+                self.itself = self
+
+            def __call__(self, sizes: Any) -> np.ndarray:
+                return np.array(sizes, float)[:, None]
+
+        model = Model()
+        self._reference = weakref.ref(model)
+        return model
+
+
+def test_a_model_is_freed_when_another_takes_its_place(paths: list[str]) -> None:
+    embedder = SelfReferring()
+    assert ids(paths[:1], embedder, "first") == expected([0])
+    gc.collect()
+    assert embedder._reference() is not None
+    assert ids(paths[:1], Sizes(), "second") == expected([0])
+    assert embedder._reference() is None
 
 
 def test_the_shards_of_two_tasks_are_one_stream(paths: list[str]) -> None:
