@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedders.float8 import LARGEST, SMALLEST_SIDE, Float8Linear
+from embedders.float8 import LARGEST, SMALLEST_SIDE, Float8Linear, row_scales
 
 MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 BATCH = 256
@@ -53,7 +53,7 @@ class Int8(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        scale = layer.weight.float().abs().amax(dim=1, keepdim=True) / 127
+        scale = row_scales(layer.weight, 127)
         self.register_buffer("weight", (layer.weight.float() / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.t().contiguous())
         self.bias = layer.bias
@@ -62,7 +62,7 @@ class Int8(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = tokens.flatten(0, -2)
-        scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp(min=1e-12)
+        scale = row_scales(rows, 127)
         eight = (rows / scale).round().clamp(-127, 127).to(torch.int8)
         product = torch._int_mm(eight, self.weight.t()) * self.scale * scale
         product = product if self.bias is None else product + self.bias

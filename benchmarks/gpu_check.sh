@@ -1,13 +1,17 @@
 #!/bin/sh
 # The checks and the benchmarks of docs/performance.md, on a machine with a GPU: benchmarks/gpu_check.sh [FOLDER]
-# FOLDER gets the results. Packages that are not installed can come from PYTHONPATH.
+# FOLDER gets the results; the status is 1 if anything failed. Packages that are not installed can come from PYTHONPATH.
 #   CHECKPOINT  trained weights of tf_efficientnet_lite0     PHOTOS  a folder of photographs
 #   SHARDS      a folder for the benchmarks' shards, kept    PARTS   of check, b32, l14, two
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-results}
 parts=${PARTS:-check b32 l14 two}
-shards=${SHARDS:-$(mktemp -d)}
+if [ -z "${SHARDS:-}" ]; then
+    SHARDS=$(mktemp -d)
+    trap 'rm -rf "$SHARDS"' EXIT
+fi
+status=0
 mkdir -p "$out"
 b32=vit_base_patch32_clip_quickgelu_224.openai
 l14=vit_large_patch14_clip_quickgelu_224.openai
@@ -15,8 +19,8 @@ l14=vit_large_patch14_clip_quickgelu_224.openai
 throughput() { # NAME ARGUMENTS…
     name=$1
     shift
-    python3 -m benchmarks.throughput --no-pretrained --seconds 5 --folder "$shards" ${PHOTOS:+--photos "$PHOTOS"} \
-        --json "$out/$name.json" "$@" > "$out/$name.log" 2>&1
+    python3 -m benchmarks.throughput --no-pretrained --seconds 5 --folder "$SHARDS" ${PHOTOS:+--photos "$PHOTOS"} \
+        --json "$out/$name.json" "$@" > "$out/$name.log" 2>&1 || status=1
     tail -n 24 "$out/$name.log"
 }
 
@@ -24,7 +28,7 @@ for part in $parts; do
     case $part in
     check)
         python3 -m benchmarks.gpu_check ${CHECKPOINT:+--checkpoint "$CHECKPOINT"} ${PHOTOS:+--photos "$PHOTOS"} \
-            ${CHECKS:+--only "$CHECKS"} > "$out/check.log" 2>&1
+            ${CHECKS:+--only "$CHECKS"} > "$out/check.log" 2>&1 || status=1
         tail -n 24 "$out/check.log"
         ;;
     b32)
@@ -40,3 +44,4 @@ for part in $parts; do
         ;;
     esac
 done
+exit $status

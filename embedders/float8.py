@@ -20,13 +20,18 @@ SMALLEST_SIDE = 512
 """Layers with a side shorter than this gain nothing."""
 
 
+def row_scales(rows: torch.Tensor, largest: float) -> torch.Tensor:
+    """What each row of (n, features) is divided by, so that it reaches `largest` and not beyond: (n, 1), float32."""
+    return (rows.abs().amax(dim=1, keepdim=True).float() / largest).clamp(min=1e-12)
+
+
 class Float8Linear(nn.Module):
     """A linear layer whose product is computed in float8, accumulated in float32."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight = layer.weight.float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+        scale = row_scales(weight, LARGEST)
         self.register_buffer("weight", (weight / scale).to(torch.float8_e4m3fn))
         self.register_buffer("scale", scale.t().contiguous())
         self.bias = layer.bias
@@ -36,7 +41,7 @@ class Float8Linear(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(…, in features) to (…, out features), of the same dtype."""
         rows = tokens.flatten(0, -2)
-        scale = (rows.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
+        scale = row_scales(rows, LARGEST)
         eight = (rows / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         # A scale a row comes with bfloat16 results only; the sums behind them are float32.
         product = torch._scaled_mm(eight, self.weight.t(), scale, self.scale, out_dtype=torch.bfloat16)
