@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from embedders.errors import InputError
+from embedders.fingerprint import NoFingerprint, of_classes, of_value
 from embedders.loader import Reason, Rejected
 from embedders.webdataset import OpenShard, canonical_id
 
@@ -35,8 +33,8 @@ class ImageEmbedder(ABC):
     """Turns images into vectors.
 
     A custom embedder overrides `load_dataset_shard` and `load_embedding_model`; nothing else is asked of it, not
-    even that its `__init__` calls this one. It is sent to workers by pickle and hashed by its class's source and its
-    attributes, so keep the model itself out of the attributes: `load_embedding_model` is called once a worker.
+    even that its `__init__` calls this one. It is sent to workers by pickle and identified by the source of its classes
+    and by its attributes, so keep the model itself out of these: `load_embedding_model` is called once per worker.
     """
 
     image_embedding_column: str = "image_embedding"
@@ -75,18 +73,34 @@ class ImageEmbedder(ABC):
         return dataset.embed_with(self)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the vectors depend on, as plain JSON: equal fingerprints give equal vectors."""
-        kind = type(self)
-        try:
-            source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-        except (OSError, TypeError):  # defined in an interpreter's session
-            source = ""
-        attributes = {k: v for k, v in sorted(vars(self).items()) if k not in self.execution_parameters}
+        """Return what the vectors depend on, as plain JSON: equal fingerprints give equal vectors.
+
+        It covers the source of every class between this one and ours, so whatever method they override, and every
+        attribute that is not in `execution_parameters`.
+
+        Raises:
+            InputError: An attribute has no stable representation.
+        """
         return {
-            "embedder": kind.__qualname__,
-            "source": source,
-            "attributes": json.loads(json.dumps(attributes, sort_keys=True, default=_plain)),
+            "embedder": type(self).__qualname__,
+            "classes": of_classes(type(self), ImageEmbedder),
+            "attributes": self._attributes(self.execution_parameters),
         }
+
+    def _attributes(self, left_out: Collection[str]) -> dict[str, Any]:
+        """Return the attributes but for some, as plain JSON.
+
+        Raises:
+            InputError: One has no stable representation.
+        """
+        kind = type(self).__name__
+        try:
+            return {k: of_value(v, f"{kind}.{k}") for k, v in sorted(vars(self).items()) if k not in left_out}
+        except NoFingerprint as why:
+            raise InputError(
+                f"{why}, so it cannot be part of the embedder's fingerprint; make it in load_embedding_model or "
+                "load_dataset_shard, or name it in execution_parameters if the vectors do not depend on it"
+            ) from why
 
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
@@ -131,9 +145,3 @@ def _position(metadata: dict[str, Any], shard: OpenShard, position: dict[str, in
     if sample_id not in position:
         raise InputError(f"{name} yields id {sample_id!r}, which no sample of the shard has")
     return position[sample_id]
-
-
-def _plain(value: Any) -> Hashable:
-    """An attribute that JSON does not know, as text without a memory address, which would differ between processes."""
-    text = repr(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in text else text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import itertools
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.batch_size import Measured, best_batch, images_per_second
 from embedders.errors import InputError
+from embedders.fingerprint import of_classes
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, LoadedBatch, Loader
 from embedders.prepared import ALIKE, COMPILE_SECONDS, prepare
@@ -40,7 +43,7 @@ TRIAL = 6
 NO_CORE_DECODES = 1000
 """Images a second that no core decodes exactly, unless they are thumbnails: 330 to 420 photographs of 500x375."""
 
-PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "_expected", "_decided", "weights"})
+PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "_expected", "_decided", "_planned_weights", "weights"})
 """Attributes that belong to one process and do not travel."""
 
 
@@ -90,6 +93,9 @@ class TimmImageEmbedder(ImageEmbedder):
     _expected: int = 0
     """Images that this worker will probably see; 0 where nobody said."""
 
+    _planned_weights: str = ""
+    """What identified the weights where the run was planned; empty in that process."""
+
     execution_parameters = ImageEmbedder.execution_parameters | {
         "batch_size",
         "num_threads_per_worker",
@@ -138,8 +144,9 @@ class TimmImageEmbedder(ImageEmbedder):
         self.compile_model = compile_model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one process: the loader and the resolved weights."""
-        return {k: v for k, v in vars(self).items() if k not in PROCESS_OWNED}
+        """Without what belongs to one process, the loader and the resolved weights, but with what identifies these."""
+        state = {k: v for k, v in vars(self).items() if k not in PROCESS_OWNED}
+        return state | ({"_planned_weights": self.weights.identity} if "weights" in vars(self) else {})
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -179,18 +186,23 @@ class TimmImageEmbedder(ImageEmbedder):
             self.create_model()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Model, weights, preprocessing, precision and normalisation."""
-        own = type(self).load_dataset_shard is TimmImageEmbedder.load_dataset_shard
-        if not own or type(self).load_embedding_model is not TimmImageEmbedder.load_embedding_model:
-            return super().fingerprint() | {"weights": self.weights.identity}
-        return {
-            "embedder": "TimmImageEmbedder",
+        """Return model, weights, preprocessing, precision and normalisation, and of a subclass its code and attributes.
+
+        Raises:
+            InputError: The weights cannot be had, or an attribute of a subclass has no stable representation.
+        """
+        timm = {
+            "embedder": type(self).__qualname__,
             "model": self.model_name,
             "weights": self.weights.identity,
             "preprocessing": _plain(self.data_config),
             "precision": self._policy,
             "normalized": self.normalize_embeddings,
         } | self._choice_of_images()
+        if type(self) is TimmImageEmbedder:
+            return timm
+        known = self.execution_parameters | PROCESS_OWNED | PARAMETERS | CACHED
+        return timm | {"classes": of_classes(type(self), TimmImageEmbedder), "attributes": self._attributes(known)}
 
     def _choice_of_images(self) -> dict[str, Any]:
         """What else decides which pixels are embedded, where it is not as usual: usual keys stay short and stable."""
@@ -218,6 +230,7 @@ class TimmImageEmbedder(ImageEmbedder):
 
         from embedders.rewritten import rewrite
 
+        self._check_weights()
         dtype = self._dtype(device)
         model = self.create_model().eval().requires_grad_(False)
         if device.startswith("cuda"):
@@ -237,6 +250,18 @@ class TimmImageEmbedder(ImageEmbedder):
             return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors
 
         return embed
+
+    def _check_weights(self) -> None:
+        """Prove that the weights found here are those that the run was planned with.
+
+        Raises:
+            InputError: They are others, such as an older file under the same path on this machine.
+        """
+        if self._planned_weights not in ("", self.weights.identity):
+            raise InputError(
+                f"{self.model_name}: the weights on {platform.node()} ({self.weights.identity}) are not those that the "
+                f"run was planned with ({self._planned_weights}); give every worker the same file"
+            )
 
     def _prepared(self, model: torch.nn.Module, device: str, layout: torch.memory_format) -> Forward:
         """The model as fast as it gets here, with what it does in a second noted in `_measured`."""
@@ -456,6 +481,11 @@ class TimmImageEmbedder(ImageEmbedder):
     @property
     def _threads(self) -> int:
         return self.num_threads_per_worker or _available_cores()
+
+
+PARAMETERS = frozenset(inspect.signature(TimmImageEmbedder.__init__).parameters)
+CACHED = frozenset(k for k, v in vars(TimmImageEmbedder).items() if isinstance(v, functools.cached_property))
+"""Attributes of a subclass that the fingerprint of its parent covers."""
 
 
 def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from embedders.base import ImageEmbedder
 from embedders.engine import EmbeddedShard, Engine
+from embedders.fingerprint import of_value_or_type
 from embedders.webdataset import OpenShard
 from tasks.shards import digest
 
@@ -209,7 +210,8 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
     :param fingerprint: the digest of the embedder's fingerprint.
     :param images: how many this worker will probably see in all; 0 if that is not known.
     """
-    public = {k: repr(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
+    # Every task brings a copy of its own: copies that would load the same model must have one name.
+    public = {k: of_value_or_type(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
     name = digest([fingerprint, public, device])
     with _changed:
         # A worker's memory has room for one model.

@@ -188,3 +188,16 @@ def test_an_embedder_survives_pickling(checkpoint: Path) -> None:
     copy = pickle.loads(pickle.dumps(embedder))
     assert copy.fingerprint() == embedder.fingerprint()
     assert copy.batch_size == 7
+
+
+def test_a_worker_refuses_other_weights_than_planned(checkpoint: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(checkpoint, tmp_path / "weights.safetensors"))
+    planned = embedder_of(file)
+    planned.check()
+    sent = pickle.dumps(planned)
+    pickle.loads(sent).load_embedding_model("cpu")
+    state = load_file(file)
+    name = next(iter(state))
+    save_file(state | {name: state[name] + 1e-6}, file)
+    with pytest.raises(InputError, match=r"are not those that the run was planned with \(sha256:"):
+        pickle.loads(sent).load_embedding_model("cpu")

@@ -94,6 +94,21 @@ class SelfReferring(Sizes):
         return model
 
 
+class Parameter:
+    """An attribute without a representation of its own."""
+
+
+def test_the_copies_that_tasks_bring_share_one_engine(paths: list[str]) -> None:
+    engines = set()
+    for path in paths[:2]:
+        embedder = Sizes()
+        embedder.parameter = Parameter()  # type: ignore[attr-defined]
+        with shared_engine(embedder, "copies", "cpu") as engine:
+            list(engine.embed([open_shard(path)]))
+            engines.add(id(engine))
+    assert len(engines) == 1
+
+
 def test_a_model_is_freed_when_another_takes_its_place(paths: list[str]) -> None:
     embedder = SelfReferring()
     assert ids(paths[:1], embedder, "first") == expected([0])
