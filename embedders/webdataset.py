@@ -14,6 +14,7 @@ import errno
 import functools
 import json
 import mmap
+import operator
 import os
 import posixpath
 import re
@@ -45,7 +46,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
 _PAX_SIZE = re.compile(r"[0-9]{1,20}")
 _REGULAR = frozenset(b"0\x007")
-_HARD_LINK, _SYMBOLIC_LINK = b"12"
+_EXTENSION = operator.itemgetter(0)
+_LINKS = _HARD_LINK, _SYMBOLIC_LINK = b"12"
 _HOPS = 8  # links to links that are followed
 IGNORED_EXAMPLES, NAME_SHOWN = 5, 200
 _MAX_META = 1 << 20  # a long name or a PAX header larger than this is damage, not a name
@@ -67,6 +69,12 @@ def image_extensions() -> frozenset[str]:
     registered = Image.registered_extensions().items()
     known = (ext.lstrip(".") for ext, kind in registered if kind in Image.OPEN and kind not in _NO_IMAGES)
     return frozenset(known) | _WEBDATASET
+
+
+@functools.lru_cache(1024)
+def is_image(extension: str) -> bool:
+    """Whether a component is an image by the last part of its extension."""
+    return extension.rpartition(".")[2].lower() in image_extensions()
 
 
 def chosen_extensions(image_component: str | None) -> list[str]:
@@ -98,8 +106,7 @@ class Sample(NamedTuple):
                 any case of its letters.
         """
         if chosen is None:
-            known = image_extensions()
-            return tuple(c for c in self.components if c.extension.rpartition(".")[2].lower() in known)
+            return tuple([c for c in self.components if is_image(c.extension)])
         for extension in chosen_extensions(chosen):
             if found := tuple(c for c in self.components if c.extension.lower() == extension):
                 return found
@@ -107,7 +114,10 @@ class Sample(NamedTuple):
 
     def json(self) -> Component | None:
         """The sample's `.json` component."""
-        return next((c for c in self.components if c.extension.lower() == "json"), None)
+        for component in self.components:  # faster than a generator, and run once a sample
+            if component.extension.lower() == "json":
+                return component
+        return None
 
 
 class Ignored(NamedTuple):
@@ -122,12 +132,15 @@ class Ignored(NamedTuple):
         return Ignored(self.count + 1, (*self.examples, printable(name)[:NAME_SHOWN]) if few else self.examples)
 
 
+NONE_IGNORED = Ignored()
+
+
 @dataclass(frozen=True)
 class TarIndex:
     """The plan of a shard: its samples in the order of their first members, and the members that are none of them."""
 
     samples: tuple[Sample, ...]
-    ignored: Ignored = Ignored()
+    ignored: Ignored = NONE_IGNORED
     doubt: str = ""
     """Why the tar may lack members at its end, although it can be read; empty for nearly all."""
 
@@ -196,13 +209,15 @@ def _plain_index(members: PlainTar | None, key_dot: KeyDot) -> TarIndex | None:
     """The index of an ordinary tar; None if it is none, or some member is part of no sample."""
     if members is None:
         return None
+    find = str.find if key_dot == "first" else str.rfind
     grouped: dict[str, list[Component]] = {}
     for name, offset, size in zip(*members, strict=True):
-        named = split_name(name, key_dot)
-        if named is None:
+        start = name.rfind("/") + 1  # `split_name`, without the price of a call for each member
+        dot = find(name, ".", start)
+        if dot <= start or dot == len(name) - 1 or name[start] == ".":
             return None
-        key, extension = named
-        component = Component(extension, offset, size, name)
+        component = Component(name[dot + 1 :], offset, size, name)
+        key = name[:dot] if name[0] != "." else _without_here(name[:dot])
         if key in grouped:
             grouped[key].append(component)
         else:
@@ -213,11 +228,11 @@ def _plain_index(members: PlainTar | None, key_dot: KeyDot) -> TarIndex | None:
 def _grouped(members: Sequence[_Member], key_dot: KeyDot) -> TarIndex:
     """The samples that members make up; a link is the member that it points to."""
     grouped: dict[str, list[Component]] = {}
-    ignored = Ignored()
-    linked = any(member.type in (_HARD_LINK, _SYMBOLIC_LINK) for member in members)
+    ignored = NONE_IGNORED
+    linked = any(member.type in _LINKS for member in members)
     named = {posixpath.normpath(member.name): member for member in members} if linked else {}
     for member in members:
-        target = _target(member, named)
+        target = (member.offset, member.size) if member.type in _REGULAR else _target(member, named)
         split = split_name(member.name, key_dot)
         if split is None or target is None:
             if member.type != ord("5") and not member.name.endswith("/"):  # nobody misses a directory; v7's end in "/"
@@ -233,7 +248,7 @@ def _target(member: _Member, named: Mapping[str, _Member]) -> tuple[int, int] | 
     for _ in range(_HOPS):
         if member.type in _REGULAR:
             return member.offset, member.size
-        if member.type not in (_HARD_LINK, _SYMBOLIC_LINK):
+        if member.type not in _LINKS:
             return None
         folder = posixpath.dirname(member.name) if member.type == _SYMBOLIC_LINK else ""
         found = named.get(posixpath.normpath(posixpath.join(folder, member.link)))
@@ -274,7 +289,9 @@ def _walk(data: Any, members: list[_Member]) -> str:
             described |= _description(kind, data[start : start + size], at)
         elif kind != ord("g"):
             name = described.get("path") or described.get("L") or _header_name(header)
-            link = described.get("linkpath") or described.get("K") or _text(header[157:257])
+            link = ""
+            if kind in _LINKS:
+                link = described.get("linkpath") or described.get("K") or _text(header[157:257])
             members.append(_Member(name, kind, start, size, link))
             described = {}
         at = start + -(-size // BLOCK) * BLOCK
@@ -305,8 +322,8 @@ def _check_end(data: Any, at: int, *, whole: bool, empty: bool) -> str:
         raise MalformedShard(f"cut short: {end - at} bytes of a header at byte {at:,}; copy it again from its source")
     if more is not None:
         raise MalformedShard(
-            f"zeros at byte {at:,}, where a tar ends, and more data at byte {more:,}: it is damaged, or two tars in one "
-            "file; copy it again from its source, or unpack it with tar --ignore-zeros and repack it"
+            f"zeros at byte {at:,}, where a tar ends, and more data at byte {more:,}: it is damaged, or two tars in "
+            "one file; copy it again from its source, or unpack it with tar --ignore-zeros and repack it"
         )
     if not whole:
         raise MalformedShard(f"cut short: the member whose name ends at byte {at:,} is missing; copy it again")
@@ -483,7 +500,7 @@ class Samples:
     headers: np.ndarray | None = None
     """(n, 4) int64, if they were read (a PNG can claim 2^32 pixels a side): width and height in pixels, whether DALI
     decodes the image as Pillow does, and whether it carries metadata; see `embedders.images.ImageHeader`."""
-    ignored: Ignored = Ignored()
+    ignored: Ignored = NONE_IGNORED
     """The members that are part of no sample."""
     doubt: str = ""
     """Why the tar may lack members at its end; see `TarIndex`."""
@@ -603,9 +620,9 @@ def _unusable(
 
 def _twice(sample: Sample) -> str | None:
     """The name of a member that a sample has twice."""
-    extensions = [component.extension for component in sample.components]
-    if len(set(extensions)) == len(extensions):
+    if len({*map(_EXTENSION, sample.components)}) == len(sample.components):
         return None
+    extensions = [component.extension for component in sample.components]
     return next(c.name for i, c in enumerate(sample.components) if c.extension in extensions[:i])
 
 
