@@ -427,20 +427,19 @@ def format_index(index: TarIndex, fingerprint: str, key_dot: KeyDot = "first") -
     ]
     body = "".join(f"{line}\n" for line in lines)
     rest = json.dumps([index.ignored.count, *index.ignored.examples])
-    marks = f"{_marks(fingerprint, key_dot)} ignored={quote(rest)} doubt={quote(index.doubt)}"
+    marks = f"{INDEX_MARK} tar={quote(fingerprint)} keys={key_dot} ignored={quote(rest)} doubt={quote(index.doubt)}"
     first = f"v1.2 {len(index.samples)} {marks}"
     return f"{first} crc32={_checksum(first + body)}\n{body}"
 
 
-def _marks(fingerprint: str, key_dot: KeyDot) -> str:
-    """What an index says of the tar that it is of, and of how the keys were told."""
-    return f"{INDEX_MARK} tar={quote(fingerprint)} keys={key_dot}"
+def indexed_samples(head: str, fingerprint: str, key_dot: KeyDot | None = "first") -> int | None:
+    """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint.
 
-
-def indexed_samples(head: str, fingerprint: str, key_dot: KeyDot = "first") -> int | None:
-    """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint."""
+    :param key_dot: which dot was to end the keys, None for either.
+    """
     fields = head.partition("\n")[0].split(" ")
-    mine = len(fields) > 5 and fields[2:5] == _marks(fingerprint, key_dot).split(" ")
+    mine = len(fields) > 5 and fields[2:4] == [INDEX_MARK, f"tar={quote(fingerprint)}"]
+    mine = mine and (key_dot is None or fields[4] == f"keys={key_dot}")
     return int(fields[1]) if mine and fields[1].isdecimal() else None
 
 
@@ -448,8 +447,11 @@ def _checksum(body: str) -> str:
     return f"{zlib.crc32(body.encode('utf-8', 'surrogateescape')):08x}"
 
 
-def parse_index(text: str, fingerprint: str, key_dot: KeyDot = "first") -> TarIndex | None:
-    """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged."""
+def parse_index(text: str, fingerprint: str, key_dot: KeyDot | None = "first") -> TarIndex | None:
+    """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged.
+
+    :param key_dot: as `indexed_samples`.
+    """
     line, _, body = text.partition("\n")
     first, _, checksum = line.rpartition(" ")
     head = first.split(" ")
@@ -606,8 +608,8 @@ def _unusable(
     for i, (sample, sample_id, image) in enumerate(zip(index.samples, ids, images, strict=True)):
         if sample_id in seen:
             found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
-        elif (twice := _twice(sample)) is not None:
-            found[i] = Reason.AMBIGUOUS_IMAGE, f"{twice} is in the tar twice; repack it with one of the two"
+        elif (name := twice(sample)) is not None:
+            found[i] = Reason.AMBIGUOUS_IMAGE, f"{name} is in the tar twice; repack it with one of the two"
         elif image is None:
             found[i] = _no_image(sample, image_component)
         elif image.offset == 0:
@@ -618,7 +620,7 @@ def _unusable(
     return found
 
 
-def _twice(sample: Sample) -> str | None:
+def twice(sample: Sample) -> str | None:
     """The name of a member that a sample has twice."""
     if len({*map(_EXTENSION, sample.components)}) == len(sample.components):
         return None
