@@ -40,7 +40,8 @@ class ImageEmbedder(ABC):
     image_embedding_column: str = "image_embedding"
     use_index_files: bool = True
     image_component: str | None = None
-    """The extension of the image to embed where samples have several."""
+    """The extension of the image to embed where samples have several; or several, such as "jpg,png": the first of them
+    that a sample has."""
 
     execution_parameters: frozenset[str] = frozenset({"image_embedding_column", "use_index_files"})
     """Attributes that change how an embedder runs and not what vectors it gives: left out of its fingerprint."""

@@ -18,6 +18,10 @@ REGULAR = np.frombuffer(b"0\x007", np.uint8)
 EIGHTS = 8 ** np.arange(5, -1, -1, dtype=np.int64)
 HEADERS_AT_ONCE = 1 << 14
 """8 MB of them."""
+END_MARK = 2 * BLOCK
+"""Zero bytes at the end of a tar, at least."""
+LONGEST_END = END_MARK + 20 * BLOCK
+"""Zero bytes at its end with those that fill up its last record, as tar, Python and most others write it."""
 WINDOW = 4096
 """Bytes of one request: a sample's text and json mostly lie in one with the headers of all three."""
 
@@ -46,7 +50,7 @@ def plain_members(read: Callable[[int, int], bytes], end: int) -> PlainTar | Non
         try:
             size = int(header[SIZE : SIZE + 11], 8)
         except ValueError:
-            names = None if any(header) else _names(headers)
+            names = _names(headers) if _ends(read, at, end) else None
             return None if names is None else members._replace(names=members.names + names)
         at += BLOCK
         members.offsets.append(at)
@@ -62,6 +66,11 @@ def plain_members(read: Callable[[int, int], bytes], end: int) -> PlainTar | Non
             members.names.extend(names)
             headers = []
     return None  # no mark at the end
+
+
+def _ends(read: Callable[[int, int], bytes], at: int, end: int) -> bool:
+    """Whether there is nothing from `at` on but the zeros that end a tar."""
+    return END_MARK <= end - at <= LONGEST_END and not read(at, LONGEST_END).strip(b"\0")
 
 
 def _names(headers: list[bytes]) -> list[str] | None:

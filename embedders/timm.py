@@ -84,7 +84,8 @@ class TimmImageEmbedder(ImageEmbedder):
     :param loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
     :param exif: "apply" turns images by their EXIF orientation; timm's own loader does not.
     :param max_pixels: images with more, by their header, go to quarantine undecoded.
-    :param image_component: the extension of the image to embed where samples have several, such as "left.jpg".
+    :param image_component: the extension of the image to embed where samples have several, such as "left.jpg"; or
+        several of them, "jpg,png": the first one that a sample has.
     :param decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" is exact where the
         model is the slower of the two anyway, as the first batches show.
     :param compile_model: torch.compile, or never; by default where the run is long enough to pay for it.

@@ -3,7 +3,8 @@
 Only headers are read, so a shard's index costs a few milliseconds whatever its images weigh, and everything
 after it is a slice of the file. Formats read: v7, ustar, GNU (long names, base-256 sizes) and PAX, as POSIX.1-2001
 and the GNU tar manual describe them. A sample is what the WebDataset library takes it to be: the members that
-share a path up to the first dot of the file name (https://github.com/webdataset/webdataset).
+share a path up to the first dot of the file name (https://github.com/webdataset/webdataset), or on request up to the
+last one. Links within the tar stand for the members that they point to.
 """
 
 from __future__ import annotations
@@ -13,36 +14,73 @@ import errno
 import functools
 import json
 import mmap
+import operator
 import os
+import posixpath
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
+from PIL import Image
 
 from embedders.errors import MalformedShard
 from embedders.images import ImageHeader, inspect
 from embedders.loader import Reason
-from embedders.tar_headers import PlainTar, plain_members
+from embedders.tar_headers import END_MARK, LONGEST_END, PlainTar, plain_members
 
 BLOCK = 512
 READ_AHEAD = 4 << 30
 """Bytes of a shard that are read before its first sample is looked at; the rest as it comes."""
 MADV_POPULATE_READ = 22
 """Linux 5.14; before, madvise answers EINVAL and pages come as they are touched."""
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp", "jp2", "avif", "img", "ppm"])
-INDEX_MARK = "shard-embed/1"
+KeyDot = Literal["first", "last"]
+"""Which dot of a file name ends the sample's key."""
+INDEX_MARK = "shard-embed/2"
 """Stands in the first line of an index that this module wrote; other tools' indexes are not trusted to be complete."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_KEY = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$", re.DOTALL)
 _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
 _PAX_SIZE = re.compile(r"[0-9]{1,20}")
 _REGULAR = frozenset(b"0\x007")
+_EXTENSION = operator.itemgetter(0)
+_LINKS = _HARD_LINK, _SYMBOLIC_LINK = b"12"
+_HOPS = 8  # links to links that are followed
+IGNORED_EXAMPLES, NAME_SHOWN = 5, 200
 _MAX_META = 1 << 20  # a long name or a PAX header larger than this is damage, not a name
+_OTHER_FORMATS = (
+    (b"\x1f\x8b", "gzip data", "gunzip < FILE > NEW.tar"),
+    (b"\x28\xb5\x2f\xfd", "zstd data", "zstd -dc FILE > NEW.tar"),
+    (b"\xfd7zXZ\0", "xz data", "xz -dc FILE > NEW.tar"),
+    (b"BZh", "bzip2 data", "bzip2 -dc FILE > NEW.tar"),
+    (b"PK\x03\x04", "a zip archive", "mkdir NEW && unzip FILE -d NEW && tar -C NEW -cf NEW.tar ."),
+)
+_NO_IMAGES = frozenset(["BUFR", "GRIB", "HDF5", "MPEG", "PDF"])
+"""Formats that Pillow tells by name and that are no images: tables, weather, films and documents."""
+_WEBDATASET = frozenset(["img", "jpg", "jpeg", "pbm", "pgm", "png", "pnm", "ppm"])
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Every extension, in lower case and without a dot, that the installed Pillow or webdataset takes for an image."""
+    registered = Image.registered_extensions().items()
+    known = (ext.lstrip(".") for ext, kind in registered if kind in Image.OPEN and kind not in _NO_IMAGES)
+    return frozenset(known) | _WEBDATASET
+
+
+@functools.lru_cache(1024)
+def is_image(extension: str) -> bool:
+    """Whether a component is an image by the last part of its extension."""
+    return extension.rpartition(".")[2].lower() in image_extensions()
+
+
+def chosen_extensions(image_component: str | None) -> list[str]:
+    """The extensions that an `image_component` such as "left.jpg" or "jpg,png" names, in lower case."""
+    names = (name.strip().removeprefix(".").lower() for name in (image_component or "").split(","))
+    return [name for name in names if name]
 
 
 class Component(NamedTuple):
@@ -60,15 +98,41 @@ class Sample(NamedTuple):
     key: str
     components: tuple[Component, ...]
 
-    def images(self, extension: str | None = None) -> tuple[Component, ...]:
-        """The components that are images, by their last extension, or those of just this extension, in any case."""
-        if extension is not None:
-            return tuple(c for c in self.components if c.extension.lower() == extension.lower())
-        return tuple(c for c in self.components if c.extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+    def images(self, chosen: str | None = None) -> tuple[Component, ...]:
+        """The components that are images by their last extension.
+
+        Args:
+            chosen: An extension, or several with commas between them. The first one that the sample has counts, in
+                any case of its letters.
+        """
+        if chosen is None:
+            return tuple([c for c in self.components if is_image(c.extension)])
+        for extension in chosen_extensions(chosen):
+            if found := tuple(c for c in self.components if c.extension.lower() == extension):
+                return found
+        return ()
 
     def json(self) -> Component | None:
         """The sample's `.json` component."""
-        return next((c for c in self.components if c.extension.lower() == "json"), None)
+        for component in self.components:  # faster than a generator, and run once a sample
+            if component.extension.lower() == "json":
+                return component
+        return None
+
+
+class Ignored(NamedTuple):
+    """The members that are part of no sample: how many there are, and the names of the first ones."""
+
+    count: int = 0
+    examples: tuple[str, ...] = ()
+
+    def and_one(self, name: str) -> Ignored:
+        """These, and one more."""
+        few = len(self.examples) < IGNORED_EXAMPLES
+        return Ignored(self.count + 1, (*self.examples, printable(name)[:NAME_SHOWN]) if few else self.examples)
+
+
+NONE_IGNORED = Ignored()
 
 
 @dataclass(frozen=True)
@@ -76,7 +140,9 @@ class TarIndex:
     """The plan of a shard: its samples in the order of their first members, and the members that are none of them."""
 
     samples: tuple[Sample, ...]
-    ignored: tuple[str, ...] = ()
+    ignored: Ignored = NONE_IGNORED
+    doubt: str = ""
+    """Why the tar may lack members at its end, although it can be read; empty for nearly all."""
 
 
 class _Member(NamedTuple):
@@ -84,33 +150,32 @@ class _Member(NamedTuple):
     type: int
     offset: int
     size: int
+    link: str
 
 
-def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar") -> TarIndex:
+def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar", key_dot: KeyDot = "first") -> TarIndex:
     """Index the samples of a tar held in memory or mapped.
 
     :param data: the whole file's bytes.
     :param where: how errors name it.
-    :raises MalformedShard: a header that is none, or a member that reaches past the end.
+    :param key_dot: which dot of a file name ends the sample's key.
+    :raises MalformedShard: a header that is none, a member that reaches past the end, or data after the end.
     """
     if isinstance(data, mmap.mmap | bytes):
-        index = _plain_index(plain_members(lambda at, size: data[at : at + size], len(data)))
+        index = _plain_index(plain_members(lambda at, size: data[at : at + size], len(data)), key_dot)
         if index is not None:
             return index
-    grouped: dict[str, list[Component]] = {}
-    ignored: list[str] = []
-    for member in _members(data, where):
-        match = _KEY.match(member.name)
-        if member.type not in _REGULAR or match is None:
-            if member.type != ord("5") and not member.name.endswith("/"):  # nobody misses a directory; v7's end in "/"
-                ignored.append(member.name)
-            continue
-        key, extension = match.groups()
-        grouped.setdefault(key, []).append(Component(extension, member.offset, member.size, member.name))
-    return TarIndex(tuple(Sample(k, tuple(c)) for k, c in grouped.items()), tuple(ignored))
+    members: list[_Member] = []
+    try:
+        doubt = _walk(data, members)
+    except MalformedShard as error:
+        samples = len(_grouped(members, key_dot).samples)
+        after = f"after {samples:,} samples: " if samples else ""
+        raise MalformedShard(f"{where}: {after}{error}") from None
+    return replace(_grouped(members, key_dot), doubt=doubt)
 
 
-def read_tar_file(path: str | os.PathLike[str], where: str) -> TarIndex:
+def read_tar_file(path: str | os.PathLike[str], where: str, key_dot: KeyDot = "first") -> TarIndex:
     """Index the samples of a local tar; what lies between its headers is not read.
 
     :param where: how errors name it.
@@ -119,22 +184,40 @@ def read_tar_file(path: str | os.PathLike[str], where: str) -> TarIndex:
     with open(path, "rb") as file:
         number = file.fileno()
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)  # the system would read the images between the headers too
-        index = _plain_index(plain_members(lambda at, size: os.pread(number, size, at), os.fstat(number).st_size))
-    return read_tar(map_tar(path), where) if index is None else index
+        members = plain_members(lambda at, size: os.pread(number, size, at), os.fstat(number).st_size)
+    index = _plain_index(members, key_dot)
+    return read_tar(map_tar(path), where, key_dot) if index is None else index
 
 
-def _plain_index(members: PlainTar | None) -> TarIndex | None:
+def split_name(name: str, key_dot: KeyDot = "first") -> tuple[str, str] | None:
+    """The key and the extension of a member's name; None if it has none, or is hidden.
+
+    `tar -C folder .` writes "./a.jpg", whose key is "a".
+    """
+    start = name.rfind("/") + 1
+    dot = name.find(".", start) if key_dot == "first" else name.rfind(".", start)
+    if dot <= start or dot == len(name) - 1 or name[start] == ".":
+        return None
+    return _without_here(name[:dot]), name[dot + 1 :]
+
+
+def _without_here(key: str) -> str:
+    return key[2:] if key.startswith("./") else key
+
+
+def _plain_index(members: PlainTar | None, key_dot: KeyDot) -> TarIndex | None:
     """The index of an ordinary tar; None if it is none, or some member is part of no sample."""
     if members is None:
         return None
+    find = str.find if key_dot == "first" else str.rfind
     grouped: dict[str, list[Component]] = {}
     for name, offset, size in zip(*members, strict=True):
-        start = name.rfind("/") + 1
-        dot = name.find(".", start)
-        if dot <= start or dot == len(name) - 1:
+        start = name.rfind("/") + 1  # `split_name`, without the price of a call for each member
+        dot = find(name, ".", start)
+        if dot <= start or dot == len(name) - 1 or name[start] == ".":
             return None
         component = Component(name[dot + 1 :], offset, size, name)
-        key = name[:dot]
+        key = name[:dot] if name[0] != "." else _without_here(name[:dot])
         if key in grouped:
             grouped[key].append(component)
         else:
@@ -142,48 +225,137 @@ def _plain_index(members: PlainTar | None) -> TarIndex | None:
     return TarIndex(tuple([Sample(key, tuple(components)) for key, components in grouped.items()]))
 
 
-def _members(data: Any, where: str) -> Iterator[_Member]:
-    """Walk the headers of a tar; long names and PAX records are folded into the member they describe."""
+def _grouped(members: Sequence[_Member], key_dot: KeyDot) -> TarIndex:
+    """The samples that members make up; a link is the member that it points to."""
+    grouped: dict[str, list[Component]] = {}
+    ignored = NONE_IGNORED
+    linked = any(member.type in _LINKS for member in members)
+    named = {posixpath.normpath(member.name): member for member in members} if linked else {}
+    for member in members:
+        target = (member.offset, member.size) if member.type in _REGULAR else _target(member, named)
+        split = split_name(member.name, key_dot)
+        if split is None or target is None:
+            if member.type != ord("5") and not member.name.endswith("/"):  # nobody misses a directory; v7's end in "/"
+                ignored = ignored.and_one(member.name)
+            continue
+        key, extension = split
+        grouped.setdefault(key, []).append(Component(extension, *target, member.name))
+    return TarIndex(tuple(Sample(key, tuple(components)) for key, components in grouped.items()), ignored)
+
+
+def _target(member: _Member, named: Mapping[str, _Member]) -> tuple[int, int] | None:
+    """Offset and size of a member's data, (0, 0) for a link to what the tar does not hold; None for a device or so."""
+    for _ in range(_HOPS):
+        if member.type in _REGULAR:
+            return member.offset, member.size
+        if member.type not in _LINKS:
+            return None
+        folder = posixpath.dirname(member.name) if member.type == _SYMBOLIC_LINK else ""
+        found = named.get(posixpath.normpath(posixpath.join(folder, member.link)))
+        if found is None or found.type == ord("5"):
+            return 0, 0
+        member = found
+    return 0, 0
+
+
+def _walk(data: Any, members: list[_Member]) -> str:
+    """Walk the headers of a tar; long names and PAX records are folded into the member they describe.
+
+    :param members: gets the members, as many as there are before an error.
+    :return: why members may be missing at the end, or nothing.
+    """
     end, at = len(data), 0
-    long_name: str | None = None
-    pax: dict[str, str] = {}
+    described: dict[str, str] = {}
     if end < BLOCK:
-        raise MalformedShard(f"{where}: {end} bytes are no tar archive; replace the file or take it away")
+        raise _no_header(data, 0) if end else MalformedShard("an empty file is no tar; copy it again from its source")
     while at + BLOCK <= end:
         header = data[at : at + BLOCK]
         if header[0] == 0 and not any(header):
-            return
-        size = _checked_size(header, where, at)
+            break
+        size = _checked_size(header, at)
         kind, start = header[156], at + BLOCK
-        if "size" in pax and kind not in b"xgLK":
-            size = _pax_size(pax["size"], where, at)
+        if "size" in described and kind not in b"xgLK":
+            size = _pax_size(described["size"], at)
         if kind in b"123456":  # links, devices and directories have no data, whatever their size field says
             size = 0
         if kind == ord("S") or (kind in b"xgLK" and size > _MAX_META):
-            raise MalformedShard(f"{where}: unsupported tar entry of type {chr(kind)!r} at byte {at}; repack the shard")
+            raise MalformedShard(f"unsupported tar entry of type {chr(kind)!r} at byte {at:,}; repack the shard")
         if start + size > end:
             raise MalformedShard(
-                f"{where}: cut short: the member at byte {at} needs {start + size:,} bytes, the file has {end:,}; "
+                f"cut short: the member at byte {at:,} needs {start + size:,} bytes, the file has {end:,}; "
                 "copy it again from its source"
             )
-        if kind == ord("L"):
-            long_name = _text(data[start : start + size])
-        elif kind == ord("x"):
-            pax = _pax_records(data[start : start + size], where, at)
-            if any(keyword.startswith("GNU.sparse.") for keyword in pax):
-                raise MalformedShard(f"{where}: unsupported sparse file at byte {at}; repack the shard")
-        elif kind not in b"gK":
-            name = pax.get("path") or long_name or _header_name(header)
-            yield _Member(name, kind, start, size)
-            long_name, pax = None, {}
+        if kind in b"xLK":
+            described |= _description(kind, data[start : start + size], at)
+        elif kind != ord("g"):
+            name = described.get("path") or described.get("L") or _header_name(header)
+            link = ""
+            if kind in _LINKS:
+                link = described.get("linkpath") or described.get("K") or _text(header[157:257])
+            members.append(_Member(name, kind, start, size, link))
+            described = {}
         at = start + -(-size // BLOCK) * BLOCK
-    # A copy is often cut at a multiple of 512: only the mark at the end tells it from the whole.
-    raise MalformedShard(
-        f"{where}: cut short: no end-of-archive mark after byte {end:,}; copy it again from its source, or repack it"
-    )
+    return _check_end(data, at, whole=not described, empty=not members)
 
 
-def _checked_size(header: bytes, where: str, at: int) -> int:
+def _description(kind: int, data: bytes, at: int) -> dict[str, str]:
+    """What an entry says of the member after it: PAX keywords, or a long name as "L" and a long link as "K"."""
+    if kind != ord("x"):
+        return {chr(kind): _text(data)}
+    records = _pax_records(data, at)
+    if any(keyword.startswith("GNU.sparse.") for keyword in records):
+        raise MalformedShard(f"unsupported sparse file at byte {at:,}; repack the shard")
+    return records
+
+
+def _check_end(data: Any, at: int, *, whole: bool, empty: bool) -> str:
+    """Prove that a tar ends where its members do: in two blocks of zeros or more, or with its last byte.
+
+    :param at: the first byte after the last member.
+    :param whole: whether no long name or PAX header waits for its member.
+    :return: why members may be missing, or nothing. A missing mark is none of the reasons to refuse a tar: some
+        writers leave it out, and what there is of its last member is all of it.
+    """
+    end = len(data)
+    more = _first_byte(data, at)
+    if more is not None and end - at < BLOCK:
+        raise MalformedShard(f"cut short: {end - at} bytes of a header at byte {at:,}; copy it again from its source")
+    if more is not None:
+        raise MalformedShard(
+            f"zeros at byte {at:,}, where a tar ends, and more data at byte {more:,}: it is damaged, or two tars in "
+            "one file; copy it again from its source, or unpack it with tar --ignore-zeros and repack it"
+        )
+    if not whole:
+        raise MalformedShard(f"cut short: the member whose name ends at byte {at:,} is missing; copy it again")
+    zeros = end - at
+    if empty and not END_MARK <= zeros <= LONGEST_END:
+        raise MalformedShard(f"nothing but {zeros:,} zero bytes; copy it again from its source")
+    if zeros < END_MARK:
+        return "it has no end-of-archive mark"
+    return f"it ends in {zeros:,} zero bytes" if zeros > LONGEST_END else ""
+
+
+def _first_byte(data: Any, at: int) -> int | None:
+    """The place of the first byte from `at` on that is not zero."""
+    for start in range(at, len(data), 1 << 20):
+        chunk = bytes(data[start : start + (1 << 20)])
+        if rest := chunk.lstrip(b"\0"):
+            return start + len(chunk) - len(rest)
+    return None
+
+
+def _no_header(data: Any, at: int) -> MalformedShard:
+    """What is said of bytes that are no header; a file of another kind is called by its name."""
+    head = bytes(data[:8])
+    for signature, kind, command in _OTHER_FORMATS:
+        if at == 0 and head.startswith(signature):
+            return MalformedShard(f"{kind}, not a tar, whatever its name says; unpack it: {command}")
+    if len(data) < BLOCK:
+        return MalformedShard(f"{len(data)} bytes are no tar archive; replace the file or take it away")
+    return MalformedShard(f"no tar header at byte {at:,}; the file is damaged or not a tar")
+
+
+def _checked_size(header: bytes, at: int) -> int:
     """The size field of a header whose checksum holds, octal or GNU base-256."""
     try:
         stored = int(header[148:156].split(b"\0")[0].strip() or b"0", 8)
@@ -192,7 +364,7 @@ def _checked_size(header: bytes, where: str, at: int) -> int:
     # The checksum field counts as eight spaces. Some old writers summed signed bytes.
     unsigned = _sum(header[: BLOCK // 2]) + _sum(header[BLOCK // 2 :]) - sum(header[148:156]) + 256
     if stored != unsigned and stored != unsigned - 256 * sum(b > 127 for b in header[:148] + header[156:]):
-        raise MalformedShard(f"{where}: no tar header at byte {at}; the file is damaged or not a tar")
+        raise _no_header(header, at)
     field = header[124:136]
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
@@ -201,7 +373,7 @@ def _checked_size(header: bytes, where: str, at: int) -> int:
     except ValueError:
         size = -1
     if size < 0:
-        raise MalformedShard(f"{where}: a tar header without a size at byte {at}; the file is damaged")
+        raise MalformedShard(f"a tar header without a size at byte {at:,}; the file is damaged")
     return size
 
 
@@ -221,7 +393,7 @@ def _text(raw: bytes) -> str:
     return bytes(raw).split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _pax_records(data: bytes, where: str, at: int) -> dict[str, str]:
+def _pax_records(data: bytes, at: int) -> dict[str, str]:
     """The `length keyword=value` records of a PAX header."""
     records: dict[str, str] = {}
     raw, begin = bytes(data).rstrip(b"\0"), 0
@@ -229,21 +401,23 @@ def _pax_records(data: bytes, where: str, at: int) -> dict[str, str]:
         match = _PAX_LENGTH.match(raw, begin)
         stop = begin + int(match[1]) if match else 0
         if match is None or not match.end() < stop <= len(raw):
-            raise MalformedShard(f"{where}: a damaged PAX header at byte {at}; repack the shard")
+            raise MalformedShard(f"a damaged PAX header at byte {at:,}; repack the shard")
         keyword, _, value = raw[match.end() : stop - 1].partition(b"=")
         records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         begin = stop
     return records
 
 
-def _pax_size(value: str, where: str, at: int) -> int:
+def _pax_size(value: str, at: int) -> int:
     if not _PAX_SIZE.fullmatch(value):
-        raise MalformedShard(f"{where}: a PAX size that is no number at byte {at}; repack the shard")
+        raise MalformedShard(f"a PAX size that is no number at byte {at:,}; repack the shard")
     return int(value)
 
 
-def format_index(index: TarIndex, fingerprint: str) -> str:
+def format_index(index: TarIndex, fingerprint: str, key_dot: KeyDot = "first") -> str:
     """DALI's v1.2 index, readable by `fn.readers.webdataset`; the tar's fingerprint is in the first line.
+
+    So are the members that are part of no sample, and the doubt about the tar's end.
 
     Spaces and percent signs of names are percent-encoded: DALI splits lines at spaces.
     """
@@ -252,14 +426,20 @@ def format_index(index: TarIndex, fingerprint: str) -> str:
         for sample in index.samples
     ]
     body = "".join(f"{line}\n" for line in lines)
-    marks = f"{INDEX_MARK} tar={quote(fingerprint)} ignored={len(index.ignored)} crc32={_checksum(body)}"
-    return f"v1.2 {len(index.samples)} {marks}\n{body}"
+    rest = json.dumps([index.ignored.count, *index.ignored.examples])
+    marks = f"{INDEX_MARK} tar={quote(fingerprint)} keys={key_dot} ignored={quote(rest)} doubt={quote(index.doubt)}"
+    first = f"v1.2 {len(index.samples)} {marks}"
+    return f"{first} crc32={_checksum(first + body)}\n{body}"
 
 
-def indexed_samples(head: str, fingerprint: str) -> int | None:
-    """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint."""
+def indexed_samples(head: str, fingerprint: str, key_dot: KeyDot | None = "first") -> int | None:
+    """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint.
+
+    :param key_dot: which dot was to end the keys, None for either.
+    """
     fields = head.partition("\n")[0].split(" ")
-    mine = len(fields) == 6 and fields[2:4] == [INDEX_MARK, f"tar={quote(fingerprint)}"]
+    mine = len(fields) > 5 and fields[2:4] == [INDEX_MARK, f"tar={quote(fingerprint)}"]
+    mine = mine and (key_dot is None or fields[4] == f"keys={key_dot}")
     return int(fields[1]) if mine and fields[1].isdecimal() else None
 
 
@@ -267,14 +447,20 @@ def _checksum(body: str) -> str:
     return f"{zlib.crc32(body.encode('utf-8', 'surrogateescape')):08x}"
 
 
-def parse_index(text: str, fingerprint: str) -> TarIndex | None:
-    """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged."""
-    first, _, body = text.partition("\n")
+def parse_index(text: str, fingerprint: str, key_dot: KeyDot | None = "first") -> TarIndex | None:
+    """The index that `format_index` wrote for the tar with this fingerprint; None if it is another's or is damaged.
+
+    :param key_dot: as `indexed_samples`.
+    """
+    line, _, body = text.partition("\n")
+    first, _, checksum = line.rpartition(" ")
     head = first.split(" ")
-    if indexed_samples(first, fingerprint) is None or head[5] != f"crc32={_checksum(body)}":
+    if indexed_samples(line, fingerprint, key_dot) is None or checksum != f"crc32={_checksum(first + body)}":
         return None
     samples = []
     try:
+        count, *examples = json.loads(unquote(head[5].removeprefix("ignored=")))
+        doubt = unquote(head[6].removeprefix("doubt="))
         for line in body.splitlines():
             fields = line.split(" ")
             components = tuple(
@@ -287,11 +473,11 @@ def parse_index(text: str, fingerprint: str) -> TarIndex | None:
                 for ext, offset, size, name in zip(*[iter(fields)] * 4, strict=True)
             )
             key = components[0].name[: -len(components[0].extension) - 1]
-            samples.append(Sample(key, components))
+            samples.append(Sample(_without_here(key), components))
     except (ValueError, IndexError):
         return None
     whole = text.endswith("\n") and head[:2] == ["v1.2", str(len(samples))]
-    return TarIndex(tuple(samples)) if whole else None
+    return TarIndex(tuple(samples), Ignored(count, tuple(examples)), doubt) if whole else None
 
 
 def _quote(name: str) -> str:
@@ -316,6 +502,10 @@ class Samples:
     headers: np.ndarray | None = None
     """(n, 4) int64, if they were read (a PNG can claim 2^32 pixels a side): width and height in pixels, whether DALI
     decodes the image as Pillow does, and whether it carries metadata; see `embedders.images.ImageHeader`."""
+    ignored: Ignored = NONE_IGNORED
+    """The members that are part of no sample."""
+    doubt: str = ""
+    """Why the tar may lack members at its end; see `TarIndex`."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +517,7 @@ class OpenShard:
     samples: Samples
     id_col: str
     image_component: str | None = None
+    key_dot: KeyDot = "first"
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -341,7 +532,7 @@ class OpenShard:
     @functools.cached_property
     def index(self) -> TarIndex:
         """Every sample with all its components."""
-        return read_tar(self.data, self.path)
+        return read_tar(self.data, self.path, self.key_dot)
 
     @functools.cached_property
     def images(self) -> tuple[Component | None, ...]:
@@ -405,7 +596,8 @@ def describe(
     if headers:
         seen = [inspect(np.frombuffer(data, np.uint8, size, offset)) for offset, size in places.tolist()]
         read = np.array([(h.width, h.height, h.dali, h.metadata) for h in seen], np.int64).reshape(-1, 4)
-    return Samples(ids, members, places, _unusable(index, ids, images, image_component), read)
+    unusable = _unusable(index, ids, images, image_component)
+    return Samples(ids, members, places, unusable, read, index.ignored, index.doubt)
 
 
 def _unusable(
@@ -416,16 +608,35 @@ def _unusable(
     for i, (sample, sample_id, image) in enumerate(zip(index.samples, ids, images, strict=True)):
         if sample_id in seen:
             found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
+        elif (name := twice(sample)) is not None:
+            found[i] = Reason.AMBIGUOUS_IMAGE, f"{name} is in the tar twice; repack it with one of the two"
         elif image is None:
-            names = ", ".join(c.extension for c in sample.components)
-            if len(sample.images(image_component)) > 1:
-                found[i] = Reason.AMBIGUOUS_IMAGE, f"several images among {names}; choose with --image-component"
-            else:
-                found[i] = Reason.MISSING_IMAGE, f"only {names}"
+            found[i] = _no_image(sample, image_component)
+        elif image.offset == 0:
+            found[i] = Reason.MISSING_IMAGE, f"{image.name} is a link to what the tar does not hold"
         elif image.size == 0:
             found[i] = Reason.EMPTY, "0 bytes"
         seen.setdefault(sample_id, sample.components[0].name)
     return found
+
+
+def twice(sample: Sample) -> str | None:
+    """The name of a member that a sample has twice."""
+    if len({*map(_EXTENSION, sample.components)}) == len(sample.components):
+        return None
+    extensions = [component.extension for component in sample.components]
+    return next(c.name for i, c in enumerate(sample.components) if c.extension in extensions[:i])
+
+
+def _no_image(sample: Sample, image_component: str | None) -> tuple[Reason, str]:
+    """Why no image of a sample is chosen, and what would choose one."""
+    names = ", ".join(component.extension for component in sample.components)
+    images = sample.images(image_component)
+    if not images:
+        return Reason.MISSING_IMAGE, f"only {names}"
+    dotted = any("." in image.extension for image in images)
+    other = ", or give --key-dot last if they are different samples" if dotted else ""
+    return Reason.AMBIGUOUS_IMAGE, f"several images among {names}; choose with --image-component{other}"
 
 
 def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:
@@ -445,15 +656,19 @@ def open_shard(
     id_col: str = "key",
     index: TarIndex | None = None,
     image_component: str | None = None,
+    key_dot: KeyDot = "first",
 ) -> OpenShard:
     """Map a local tar, index it unless that is done, and read its samples' ids.
 
-    :param image_component: the extension of the image to take where samples have several, such as `left.jpg`.
+    :param image_component: the extension of the image to take where samples have several, such as `left.jpg`; several
+        with commas between them, the first that a sample has.
+    :param key_dot: which dot of a file name ends the sample's key.
     :raises MalformedShard: it is not a tar or is damaged.
     """
     data = map_tar(path)
-    index = read_tar(data, os.fspath(path)) if index is None else index
-    shard = OpenShard(os.fspath(path), data, describe(data, index, id_col, image_component), id_col, image_component)
+    index = read_tar(data, os.fspath(path), key_dot) if index is None else index
+    samples = describe(data, index, id_col, image_component)
+    shard = OpenShard(os.fspath(path), data, samples, id_col, image_component, key_dot)
     vars(shard)["index"] = index  # it need not be read again
     return shard
 

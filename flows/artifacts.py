@@ -137,6 +137,7 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
     lines = [f"## {manifest.model}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     lines += [f"\n**Warning:** {warning}" for warning in [*manifest.warnings, *manifest.wrong]]
+    lines += [f"\n**Failed:** {manifest.over_limit} (--max-quarantined)"] * bool(manifest.over_limit)
     lines += [f"\n**Failed:** {shard}: {_cell(why)}" for shard, why in list(manifest.failures.items())[:20]]
     if manifest.finish_with:
         lines.append(f"\nRetry does only what failed, as does `{manifest.finish_with}`.")

@@ -1,6 +1,7 @@
 """The command line.
 
-Exit status 0: every sample is accounted for; 1: some shards failed, or the vectors are wrong as a whole;
+Exit status 0: every sample is accounted for; 1: some shards failed, the vectors are wrong as a whole, or more
+samples are quarantined than --max-quarantined allows;
 2: the call is wrong; 130 and 143: it was stopped.
 """
 
@@ -48,7 +49,7 @@ EXAMPLES = """\
 Examples:
   python -m flows.embed /data/laion --output /data/laion-embedded
   python -m flows.embed s3://crawl --output s3://vectors --model-name resnet50
-  python -m flows.embed photos --output out --device cpu --json > account.json
+  python -m flows.embed shards --output out --device cpu --json > account.json
 The same command again does only what is missing. --help-all shows all options.
 Exit status: 0 all accounted for, 1 some shards failed, 2 a wrong call."""
 
@@ -133,13 +134,17 @@ def embed_command(
         print(json.dumps(manifest.model_dump(mode="json")))
     elif not quiet:
         _tell(manifest)
+    for warning in manifest.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for shard, why in manifest.failures.items():
         print(f"failed: {shard}: {why}", file=sys.stderr)
     if manifest.failures:
         print(f"{manifest.shards_failed} shards failed; this does only those: {manifest.finish_with}", file=sys.stderr)
     for what in manifest.wrong:
         print(f"warning: the vectors look wrong: {what}", file=sys.stderr)
-    return 1 if manifest.failures or manifest.wrong else 0
+    if manifest.over_limit:
+        print(f"failed: {manifest.over_limit} (--max-quarantined)", file=sys.stderr)
+    return 1 if manifest.failures or manifest.wrong or manifest.over_limit else 0
 
 
 def _hush() -> None:
@@ -166,6 +171,9 @@ def _tell(manifest: Any) -> None:
     )
     for row in read_quarantine(Folder(manifest.output), QUARANTINE_SHOWN):
         console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
+    if manifest.ignored:
+        examples = ", ".join(manifest.ignored_examples)
+        console.print(f"{manifest.ignored} members of the tars are part of no sample, such as {examples}")
     if manifest.rows_without_embedding or manifest.embeddings_without_row:
         console.print(
             f"{manifest.rows_without_embedding} metadata rows have no embedding, "
@@ -175,8 +183,6 @@ def _tell(manifest: Any) -> None:
         f"{manifest.shards} shards, {manifest.shards_cached} of them done before; "
         f"{manifest.dimensions} dimensions; {manifest.seconds:.1f} s"
     )
-    for warning in manifest.warnings:
-        console.print(f"warning: {warning}")
     console.print(f"dataset:    {manifest.metadata}/*.parquet")
     console.print(f"quarantine: {manifest.output}/quarantine/*.parquet")
     console.print(f"account:    {manifest.output}/manifest.json")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import enum
 import importlib
+import re
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
 from embedders.timm import Precision
+from embedders.webdataset import KeyDot
 from tasks.plan import MergeOptions
 from tasks.staging import SPACE
 from tasks.vectors import VectorFormat
@@ -27,6 +30,9 @@ class OnError(enum.StrEnum):
     """It stays, with a null in place of its vector, and is listed in quarantine."""
     RAISE = "raise"
     """Its whole shard fails."""
+
+
+_PERCENT = re.compile(r"[0-9]{1,3}([.][0-9]+)?%")
 
 
 class _Options(BaseModel):
@@ -57,7 +63,10 @@ class ImageOptions(_Options):
 
     id_col: str = Field("key", description="The id's column in the metadata and field in the samples' json.")
     image_component: str | None = Field(
-        None, description="Extension of the image to embed where samples have several, such as left.jpg."
+        None, description="Extension of the image to embed, such as left.jpg, or several: jpg,png, the first there is."
+    )
+    key_dot: KeyDot = Field(
+        "first", description="Which dot of a file name ends the key; last for names such as 'at 10.13.22.jpeg'."
     )
     loader: Literal["auto", "dali", "reference"] = Field(
         "auto", description="Who decodes: DALI, or Pillow with timm's own transform."
@@ -79,6 +88,9 @@ class TableOptions(_Options):
 
     image_embedding_column: str = Field("image_embedding", description="Name of the new column.")
     on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
+    max_quarantined: str | None = Field(
+        None, description="Share of samples that may be quarantined, such as 5%; beyond it the run fails."
+    )
     embedding_type: Literal["list", "fixed_size_list"] = Field(
         "list", description="Arrow type of the new column; dask-cudf refuses a fixed-size list."
     )
@@ -94,6 +106,13 @@ class TableOptions(_Options):
     in_place: bool = Field(
         False, description="Add the column to the Parquets beside the tars, keeping every row, instead of new files."
     )
+
+    @field_validator("max_quarantined")
+    @classmethod
+    def _is_share(cls, value: str | None) -> str | None:
+        if value is None or (_PERCENT.fullmatch(value) and float(value.rstrip("%")) <= 100):
+            return value
+        raise PydanticCustomError("percent", "Input should be a percentage such as 5%")
 
 
 class RunOptions(_Options):
@@ -167,6 +186,11 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
     def strict_ids(self) -> bool:
         """Whether a repeated id in the metadata is an error: unless --on-error says what becomes of such a row."""
         return self.on_error is OnError.RAISE or "on_error" not in self.model_fields_set
+
+    @property
+    def quarantine_limit(self) -> float | None:
+        """The share of samples that may be in quarantine, from 0 to 1; None for any."""
+        return None if self.max_quarantined is None else float(self.max_quarantined.rstrip("%")) / 100
 
     def merge_options(self) -> MergeOptions:
         """How embeddings join the metadata.

@@ -42,13 +42,18 @@ ALONE_IN_VAIN = 8
 
 
 class RunFailed(Exception):
-    """Some shards failed after their retries; `manifest` names them. All others are done."""
+    """Some shards failed after their retries, or too many samples are quarantined; `manifest` says which.
+
+    All others are done.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         named = [f"{shard}: {why}" for shard, why in manifest.failures.items()]
         told = "; ".join([*named[:3], "…"] if len(named) > 3 else named)
         failed = f"{manifest.shards_failed} of {manifest.shards} shards failed ({told})"
-        super().__init__(f"{failed}; this does them: {manifest.finish_with}")
+        failed += f"; this does them: {manifest.finish_with}"
+        why = [failed] * bool(manifest.shards_failed) + [manifest.over_limit] * bool(manifest.over_limit)
+        super().__init__("; ".join(why))
         self.manifest = manifest
 
 
@@ -130,7 +135,8 @@ def _run(
     if not work.anything and not has_server():
         spent = Spent(time.monotonic() - work.started)
         finish_dataset(work.plan, work.fingerprint)
-        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)
+        limit = config.quarantine_limit
+        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0, max_quarantined=limit)
         write_manifest(manifest)
         progress.found(work.plan)
         _show_in_a_page(manifest, progress)
@@ -223,7 +229,8 @@ def embed(
         work: Where it runs, and what is done again.
 
     Raises:
-        RunFailed: Some shards failed after their retries; a second run does only those.
+        RunFailed: Some shards failed after their retries, or too many samples are quarantined; a second run does only
+            the shards that failed.
     """
     # Prefect's form takes descriptions from a docstring of this form only.
     config = EmbedConfig.of(dataset, output, model, images, table, work)
@@ -272,8 +279,8 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
     cached = len(work.plan.embedded)
     spent = Spent(time.monotonic() - work.started, first)
-    again = finish_with(config, work)
-    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again)
+    again, limit = finish_with(config, work), config.quarantine_limit
+    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again, limit)
     try:
         finish_dataset(plan, work.fingerprint)
         write_manifest(manifest)
@@ -284,7 +291,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     _show_in_a_page(manifest, progress, anew=anything)
     if anything:
         show_account(manifest, plan)
-    if manifest.shards_failed:
+    if manifest.shards_failed or manifest.over_limit:
         raise RunFailed(manifest)
     return manifest
 

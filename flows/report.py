@@ -72,6 +72,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     facts = {
         "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
         "quarantined": reasons or "none",
+        "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
         "rows": f"{manifest.rows:,}; {manifest.rows_without_embedding:,} without an embedding",
         "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
@@ -83,6 +84,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     rows = "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items())
     links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "embeddings/", "quarantine/"))
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
+    boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
 

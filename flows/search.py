@@ -19,7 +19,7 @@ from rich.table import Table
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.engine import Engine
 from embedders.errors import InputError, MalformedShard
-from embedders.webdataset import open_shard
+from embedders.webdataset import chosen_extensions, open_shard
 from embedders.weights import RANDOM
 from flows.cli import one_line
 from flows.config import load_embedder
@@ -146,7 +146,8 @@ def embed_image(image: Path, embedder: ImageEmbedder) -> np.ndarray:
         data = image.read_bytes()
     except OSError as error:
         raise InputError(f"{image}: {error.strerror}; give a photograph") from error
-    extension = embedder.image_component or image.suffix.lstrip(".") or "jpg"
+    chosen = chosen_extensions(embedder.image_component)
+    extension = chosen[0] if chosen else image.suffix.lstrip(".") or "jpg"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "query.tar"
         with tarfile.open(path, "w") as tar:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError, MalformedShard
 from embedders.loader import Reason
+from embedders.webdataset import OpenShard, chosen_extensions, twice
 from flows.config import EmbedConfig
 from flows.progress import Progress
 from tasks.cluster import OwnCluster, check_scheduler, choose_device, choose_workers
@@ -68,7 +69,7 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     """
     started = time.monotonic()
     target = Folder(config.output)
-    shards = find_shards(config.dataset, config.output)
+    shards = find_shards(config.dataset, config.output, config.key_dot)
     target.check_writable()
     if config.scheduler:
         check_scheduler(config.scheduler)
@@ -104,39 +105,45 @@ def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
     return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
 
 
-def _check_tar(shard: Shard, id_col: str, image_component: str | None) -> tuple[str, ...]:
-    """The ids of a tar's samples.
-
-    :raises InputError: a sample has several images and none is chosen, or no sample has the chosen one.
-    """
-    path = shard.source.path(shard.tar)
-    opened = open_local(shard, path, id_col, keep=False, image_component=image_component)
-    for i, (reason, detail) in opened.unusable.items():
-        if reason is Reason.AMBIGUOUS_IMAGE:
-            raise InputError(f"{shard.tar}: sample {opened.index.samples[i].key}: {detail}")
-    if image_component is not None and opened.images and not any(opened.images):
-        raise InputError(f"{shard.tar}: no sample has a .{image_component}; give another --image-component")
-    return opened.ids
-
-
 def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> int:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
 
     :return: about how many images all shards hold, if they are like those looked at.
+    :raises InputError: the metadata do not fit, or no sample of these tars has an image by --image-component.
     """
-    images, of_bytes = 0, 0
+    of_bytes, opened = 0, []
     for number, shard in enumerate(shards[:CHECKED_METADATA]):
         ids = None
         if number < CHECKED_TARS and shard.source.is_local:
             try:
-                ids = _check_tar(shard, config.id_col, image_component)
+                path = shard.source.path(shard.tar)
+                opened.append(open_local(shard, path, config.id_col, keep=False, image_component=image_component))
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
-            images, of_bytes = images + len(ids), of_bytes + shard.tar_bytes
+            ids, of_bytes = opened[-1].ids, of_bytes + shard.tar_bytes
         with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
             check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
+    _check_images(opened, image_component)
+    images = sum(len(tar.ids) for tar in opened)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
+
+
+def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> None:
+    """Prove that some sample of the first tars has an image to embed; single ones without go to quarantine.
+
+    :raises InputError: every sample has several images and none is chosen, or none has the chosen one.
+    """
+    if not any(tar.ids for tar in opened) or any(image for tar in opened for image in tar.images):
+        return
+    unusable = [(tar, i, *why) for tar in opened for i, why in tar.unusable.items()]
+    several = [reason is Reason.AMBIGUOUS_IMAGE and not twice(tar.index.samples[i]) for tar, i, reason, _ in unusable]
+    if all(several):
+        tar, i, _, detail = unusable[0]
+        raise InputError(f"{tar.path}: sample {tar.index.samples[i].key}: {detail}")
+    if image_component is not None and not any(several):
+        names = " or ".join(f".{extension}" for extension in chosen_extensions(image_component))
+        raise InputError(f"{opened[0].path}: no sample has a {names}; give another --image-component")
 
 
 def count_shards(config: EmbedConfig) -> int:

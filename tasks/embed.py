@@ -180,7 +180,7 @@ class _GroupRun:
         component, id_col = self.embedder.image_component, self.options.id_col
         args = shard, path, id_col, self.embedder.use_index_files, component, self.options.strict_ids
         samples = aside(describe_local, *args) if self.limit.device == "cuda" else describe_local(*args)
-        return OpenShard(path, map_tar(path), samples, id_col, component)
+        return OpenShard(path, map_tar(path), samples, id_col, component, shard.key_dot)
 
     def _done_before(self, shard: Shard) -> EmbeddingRecord | None:
         """The record of a shard that an earlier try of this task got done, by the planner's own measure."""
@@ -261,6 +261,9 @@ def write_embeddings(
         work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)}
         | {stage: round(seconds, 3) for stage, seconds in (stages or {}).items()},
         worker=f"{platform.node()}:{os.getpid()}",
+        ignored=embedded.shard.samples.ignored.count,
+        ignored_examples=list(embedded.shard.samples.ignored.examples),
+        doubt=embedded.shard.samples.doubt,
     )
     if not record.balanced:
         raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")

@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from embedders.webdataset import (
+    Ignored,
     OpenShard,
     Samples,
     TarIndex,
@@ -34,18 +35,19 @@ def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
     :raises ShardReplaced: the tar is not the one the run began with; its index is not kept.
     """
     kept = shard.target.read_text(shard.index_file) if keep else None
-    index = parse_index(kept, shard.tar_fingerprint) if kept is not None else None
+    index = parse_index(kept, shard.tar_fingerprint, shard.key_dot) if kept is not None else None
     if index is None:
-        index = read_tar_file(path, shard.tar)
+        index = read_tar_file(path, shard.tar, shard.key_dot)
         if keep:
             check_unchanged(shard)
-            shard.target.write_text(shard.index_file, format_index(index, shard.tar_fingerprint))
+            text = format_index(index, shard.tar_fingerprint, shard.key_dot)
+            shard.target.write_text(shard.index_file, text)
     return index
 
 
 def open_local(shard: Shard, path: str, id_col: str, *, keep: bool, image_component: str | None = None) -> OpenShard:
     """Map a shard's local tar with its index and ids."""
-    return open_shard(path, id_col, index_tar(shard, path, keep=keep), image_component)
+    return open_shard(path, id_col, index_tar(shard, path, keep=keep), image_component, shard.key_dot)
 
 
 def describe_local(
@@ -62,14 +64,14 @@ def describe_local(
     return samples
 
 
-def index_local(shard: Shard, id_col: str) -> tuple[int, tuple[str, ...]]:
+def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     """Index a shard that lies on a local disk, keep the index, and check the metadata.
 
-    :return: how many samples there are, and the members that are none.
+    :return: how many samples there are, the members that are none, and why there may be more.
     """
     opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
     check_metadata(shard, id_col, opened.ids, unique=False)
-    return len(opened.ids), opened.index.ignored
+    return len(opened.ids), opened.index.ignored, opened.index.doubt
 
 
 @task(
@@ -86,13 +88,17 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool =
     shards beside it must not wait for a task that failed.
     """
     samples, logger = 0, get_run_logger()
-    cached = all(indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint) is not None for s in shards)
+    cached = all(
+        indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint, s.key_dot) is not None for s in shards
+    )
     for shard in shards:
         try:
-            found, ignored = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
+            found, ignored, doubt = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
             samples += found
-            if ignored:
-                logger.info("%s: %d members are no samples, such as %s", shard.tar, len(ignored), ignored[0])
+            if ignored.count:
+                logger.info("%s: %d members are no samples, such as %s", shard.tar, ignored.count, ignored.examples[0])
+            if doubt:
+                logger.warning("%s: samples may be missing at its end: %s", shard.tar, doubt)
         except Exception as error:
             logger.warning("%s: %s", shard.name, error)
     return Completed(name="Cached", data=samples) if cached else samples

@@ -125,7 +125,7 @@ def read_metadata(shard: Shard, id_col: str) -> pa.Table:
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
     """One row a sample from its json member, with every key of any of them as a column, the id first."""
     with shard.source.local_copy(shard.tar) as path:
-        opened = open_shard(path, id_col)
+        opened = open_shard(path, id_col, key_dot=shard.key_dot)
         rows = [
             with_id(sample_json(sample, opened.data), id_col, sample_id)
             for i, (sample, sample_id) in enumerate(zip(opened.index.samples, opened.ids, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,13 @@ from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
 from tasks.metadata import MISMATCH_WARNED
 from tasks.plan import Plan
-from tasks.shards import UNMATCHED
+from tasks.shards import UNMATCHED, EmbeddingRecord
 from tasks.storage import Folder
 
 MANIFEST = "manifest.json"
+QUARANTINE_WARNED = 0.1
+"""The share of samples in quarantine from which a run warns."""
+EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Manifest(BaseModel):
     rows_without_image: int = Field(0, description="Rows whose id no sample has, part of those without an embedding.")
     rows_repeated: int = Field(0, description="Rows that repeat an id, part of those without an embedding.")
     embeddings_without_row: int = 0
+    ignored: int = Field(0, description="Members of the tars that are part of no sample.")
+    ignored_examples: list[str] = []
+    over_limit: str = Field(
+        "", description="By how much the quarantine exceeds --max-quarantined; empty if it does not."
+    )
     warnings: list[str] = Field([], description="What a person should look at.")
     failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
     finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
@@ -71,12 +80,14 @@ def account(
     spent: Spent,
     fresh: int,
     finish_with: str = "",
+    max_quarantined: float | None = None,
 ) -> Manifest:
     """The manifest of a plan read after the work.
 
     :param cached: shards that were done before.
     :param fresh: samples embedded or quarantined by this run.
     :param finish_with: the call that does what failed.
+    :param max_quarantined: the share of samples that may be in quarantine, None for any.
     """
     records, merges = list(plan.embedded.values()), list(plan.merged.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
@@ -101,6 +112,9 @@ def account(
         rows_without_image=sum(record.rows_without_image for record in merges),
         rows_repeated=sum(record.rows_repeated for record in merges),
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        ignored=sum(record.ignored for record in records),
+        ignored_examples=_ignored_examples(plan),
+        over_limit=over_limit(records, max_quarantined),
         warnings=warnings(plan),
         failures={failure.shard: failure.error for failure in failures},
         finish_with=finish_with if failures else "",
@@ -112,8 +126,51 @@ def account(
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What a person should look at: shards that have gone, ids that have no partner."""
-    return [*_gone(plan), *_mismatch(plan)]
+    """What a person should look at: a large quarantine, doubtful tars, shards that have gone, ids without a partner."""
+    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_mismatch(plan)]
+
+
+def over_limit(records: Sequence[EmbeddingRecord], limit: float | None) -> str:
+    """By how much the quarantine exceeds the share of samples that it may hold; empty if it does not."""
+    samples = sum(record.samples for record in records)
+    bad = samples - sum(record.embedded for record in records)
+    if limit is None or bad <= limit * samples:
+        return ""
+    return f"{bad:,} of {samples:,} samples ({bad / samples:.1%}) are quarantined, more than {100 * limit:.4g}%"
+
+
+def _quarantined(plan: Plan) -> list[str]:
+    """A line where nothing was embedded, or 10 % of the samples or more are in quarantine; with the main reason."""
+    records = list(plan.embedded.values())
+    samples, embedded = sum(record.samples for record in records), sum(record.embedded for record in records)
+    bad = samples - embedded
+    if not records or (samples and bad < samples * QUARANTINE_WARNED):
+        return []
+    if not samples:
+        found = "NOTHING WAS EMBEDDED: the tars hold no samples"
+        if ignored := sum(record.ignored for record in records):
+            examples = ", ".join(_ignored_examples(plan))
+            found += f", but {ignored:,} members without a key and an extension, such as {examples}"
+        return [f"{found}; name members KEY.EXTENSION, such as 0001.jpg"]
+    much = "MORE THAN HALF" if bad * 2 > samples else f"{bad / samples:.0%}"
+    head = "NOTHING WAS EMBEDDED" if not embedded else f"{much} OF THE SAMPLES ARE QUARANTINED"
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    (reason, count), *_ = reasons.most_common(1)
+    listed = "quarantine/*.parquet lists them with details"
+    return [f"{head}: {bad:,} of {samples:,}, {count:,} of them {reason}; {listed}"]
+
+
+def _doubtful(plan: Plan) -> list[str]:
+    doubts = [f"{name}.tar ({record.doubt})" for name, record in plan.embedded.items() if record.doubt]
+    if not doubts:
+        return []
+    examples = ", ".join(doubts[:EXAMPLES])
+    return [f"{len(doubts):,} tars may lack their last samples, such as {examples}; compare them with their source"]
+
+
+def _ignored_examples(plan: Plan) -> list[str]:
+    found = (f"{name}.tar/{it}" for name, record in plan.embedded.items() for it in record.ignored_examples)
+    return list(itertools.islice(found, EXAMPLES))
 
 
 def _gone(plan: Plan) -> list[str]:

@@ -92,7 +92,7 @@ class Pictures:
         :raises MalformedShard: index and output do not tell of the same samples.
         """
         tar = self.source.info(f"{shard}.tar")
-        index = parse_index(self.output.read_text(f"index/{shard}.idx") or "", tar.fingerprint)
+        index = parse_index(self.output.read_text(f"index/{shard}.idx") or "", tar.fingerprint, None)
         if index is None and self.source.is_local:
             index = read_tar(map_tar(self.source.path(tar.name)), tar.name)
         if index is None:

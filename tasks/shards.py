@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from embedders.webdataset import indexed_samples
+from embedders.webdataset import KeyDot, image_extensions, indexed_samples
 from tasks.storage import FileInfo, Folder, in_bulk
 
 FORMAT = 1
@@ -39,7 +40,7 @@ class Shard:
     """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending.
 
     `tar_fingerprint` goes into keys. `tar_listed` is what the store said of the tar when the run began, where that is
-    something else.
+    something else. `key_dot` is the dot of a file name that ends a sample's key.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Shard:
     tar_fingerprint: str
     metadata_fingerprint: str | None
     tar_listed: str | None = None
+    key_dot: KeyDot = "first"
 
     @property
     def source(self) -> Folder:
@@ -115,6 +117,11 @@ class EmbeddingRecord:
     waited for the decoder and for the model, and the file before it was written."""
     worker: str = ""
     """The machine and the process that did it."""
+    ignored: int = 0
+    """Members of the tar that are part of no sample, such as names without an extension."""
+    ignored_examples: list[str] = field(default_factory=list)
+    doubt: str = ""
+    """Why the tar may lack members at its end, although it could be read."""
 
     @property
     def version(self) -> str:
@@ -147,16 +154,17 @@ class MergeRecord:
     examples: list[str] = field(default_factory=list)
 
 
-def find_shards(dataset: str, output: str) -> list[Shard]:
+def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Shard]:
     """Every `.tar` below the dataset's folder, sorted by name.
 
+    :param key_dot: which dot of a file name ends a sample's key.
     :raises InputError: no such folder, no tar in it, or compressed ones, which have no offsets to read at.
     """
     folder = Folder(dataset)
     try:
         files = folder.list(".tar", ".parquet", *UNPACK)
-        if not files and not folder.exists():
-            raise InputError(f"{dataset}: no such folder; give the folder that holds the .tar shards")
+        if not any(file.name.endswith((".tar", *UNPACK)) for file in files):
+            raise _no_shards(folder)
     except OSError as error:
         folder.refuse(error)
     metadata = {f.name.removesuffix(".parquet"): f.fingerprint for f in files if f.name.endswith(".parquet")}
@@ -167,10 +175,38 @@ def find_shards(dataset: str, output: str) -> list[Shard]:
                 raise InputError(f"{dataset}/{file.name}: compressed shards are not read; unpack it: {command}")
         if file.name.endswith(".tar"):
             name = file.name.removesuffix(".tar")
-            shards.append(Shard(name, dataset, output, file.size, file.fingerprint, metadata.get(name)))
-    if not shards:
-        raise InputError(f"{dataset}: no .tar files; give the folder that holds the WebDataset shards")
+            metadata_fingerprint = metadata.get(name)
+            shard = Shard(name, dataset, output, file.size, file.fingerprint, metadata_fingerprint, key_dot=key_dot)
+            shards.append(shard)
     return shards
+
+
+def _no_shards(folder: Folder) -> InputError:
+    """What is said of a dataset without shards: what it is instead, and what to do."""
+    url = folder.url.rstrip("/")
+    if not folder.exists():
+        parent, _, name = url.rpartition("/")
+        if not folder.is_file():
+            return InputError(f"{url}: no such folder; give the folder that holds the .tar shards")
+        if name.endswith(".tar"):
+            return InputError(f"{url}: this is one shard; give the folder that holds it: {parent or '.'}")
+        if name.endswith(".zip"):
+            unpack = f"unzip {name} -d pictures && {_pack('pictures')}"
+            return InputError(f"{url}: a zip archive; unpack it and pack its files into tars: {unpack}")
+        return InputError(f"{url}: a file; give the folder that holds the .tar shards")
+    images = folder.list(*(f".{extension}" for kind in image_extensions() for extension in (kind, kind.upper())))
+    if images:
+        found = f"no .tar files, but {len(images):,} pictures such as {images[0].name}"
+        return InputError(f"{url}: {found}; pack them: {_pack(url)}, and give shards as the dataset")
+    zips = folder.list(".zip")
+    if zips:
+        found = f"no .tar files, but {len(zips):,} zip archives such as {zips[0].name}"
+        return InputError(f"{url}: {found}; unpack them and pack their files into tars: {_pack('pictures')}")
+    return InputError(f"{url}: no .tar files; give the folder that holds the WebDataset shards")
+
+
+def _pack(folder: str) -> str:
+    return f"mkdir shards && tar -C {shlex.quote(folder)} -cf shards/00000.tar ."
 
 
 def with_content_fingerprints(shards: Sequence[Shard]) -> list[Shard]:
@@ -222,6 +258,8 @@ def embedding_key(shard: Shard, embedder: str, id_col: str) -> str:
     The name is in it too: two tars of one size and time are told apart, and so are their outputs if they are swapped.
     """
     parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "embedder": embedder, "id": id_col}
+    if shard.key_dot != "first":
+        parts["key_dot"] = shard.key_dot
     return digest(parts | {"format": FORMAT})
 
 
@@ -269,7 +307,7 @@ def account_agrees(shard: Shard, record: EmbeddingRecord) -> bool:
     quarantined = sum(record.quarantined.values())
     if quarantined and _count_rows(shard.target, shard.quarantine_file) != quarantined:
         return False
-    samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint)
+    samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint, shard.key_dot)
     return samples is None or samples == record.samples
 
 

@@ -113,6 +113,10 @@ class Folder:
         """Whether the folder is there."""
         return bool(self._ask(self.fs.isdir, self._resolved[1]))
 
+    def is_file(self) -> bool:
+        """Whether what should be a folder is a file."""
+        return bool(self._ask(self.fs.isfile, self._resolved[1]))
+
     def has(self, name: str) -> bool:
         """Whether a file is there."""
         return bool(self._ask(self.fs.exists, self.path(name)))

@@ -14,6 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 
 from embedders import ImageEmbedder
 from embedders.webdataset import open_shard
@@ -193,6 +196,55 @@ def test_several_images_need_a_choice(server: str, capsys: pytest.CaptureFixture
     assert main([*call, "--image-component", "right.png"]) == 0
     rows = pq.read_table(tmp_path / "out/metadata").to_pylist()
     assert [row["key"] for row in rows] == [f"nested/{number:03}" for number in range(4)]
+
+
+def test_a_few_ambiguous_samples_in_the_first_tar_are_quarantined(
+    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    """A stem twice and a member twice: the others are embedded, and the call fails only beyond its limit."""
+    with tarfile.open(dataset / "00000.tar", "a") as tar:
+        members = tar.getmembers()
+        for name in (f"{members[0].name.partition('.')[0]}.jfif", members[-1].name):
+            member = tarfile.TarInfo(name)
+            member.size = 9
+            tar.addfile(member, io.BytesIO(b"any bytes"))
+        tar.addfile(tarfile.TarInfo("README"))
+    call = [str(dataset), "--output", str(tmp_path / "out"), *TINY]
+    assert main(call) == 0
+    told = capsys.readouterr().err
+    assert "125 embedded + 3 quarantined (2 ambiguous_image, 1 " in told
+    assert "is in the tar twice" in told
+    assert "1 members of the tars are part of no sample, such as 00000.tar/README" in told
+    assert main([*call, "--max-quarantined", "2.4%"]) == 0
+    capsys.readouterr()
+    assert main([*call, "--quiet", "--max-quarantined", "2.3%"]) == 1
+    assert capsys.readouterr().err == (
+        "failed: 3 of 128 samples (2.3%) are quarantined, more than 2.3% (--max-quarantined)\n"
+    )
+    fails(capsys, tmp_path / "other", dataset, *TINY, "--max-quarantined", "5")
+
+
+def test_a_run_beyond_its_limit_fails_and_warns_in_the_report(
+    server: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/00000.tar", "w") as tar:
+        for name in ("0.jpg", "1.txt", "pictures/0002"):
+            member = tarfile.TarInfo(name)
+            member.size = 9
+            tar.addfile(member, io.BytesIO(b"no image "))
+    call = [str(tmp_path / "data"), "--output", str(tmp_path / "out"), *TINY, "--quiet"]
+    assert main([*call, "--max-quarantined", "99%"]) == 1
+    told = capsys.readouterr().err
+    warning = "NOTHING WAS EMBEDDED: 2 of 2, 1 of them "
+    assert f"warning: {warning}" in told
+    assert "failed: 2 of 2 samples (100.0%) are quarantined, more than 99%" in told
+    assert warning in (tmp_path / "out/report.html").read_text()
+    assert "pictures/0002" in (tmp_path / "out/report.html").read_text()
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+    assert newest.state_type == StateType.FAILED
+    assert main(call) == 0
 
 
 class Constant(ImageEmbedder):

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from flows.cli import app
 from flows.config import GROUPS, EmbedConfig
@@ -19,6 +20,7 @@ from flows.config import GROUPS, EmbedConfig
         {"pretrained": False, "autocast": False, "normalize_embeddings": False, "use_index_files": False},
         {"batch_size": 7, "on_error": "null", "precision": "bfloat16", "shard_timeout": 1.5, "verify": True},
         {"fingerprint": "content", "image_component": "left.jpg", "workers": 3, "overwrite": True},
+        {"key_dot": "last", "max_quarantined": "2.5%"},
     ],
 )
 def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None:
@@ -30,3 +32,13 @@ def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None
     asked = EmbedConfig.of(bound.arguments["dataset"], bound.arguments["output"], *groups)
     assert asked == config
     assert EmbedConfig.of(config.dataset, config.output, *config.groups().values()) == config
+
+
+def test_a_limit_of_the_quarantine_is_a_share() -> None:
+    def limit(text: str | None) -> float | None:
+        return EmbedConfig(dataset="/data", output="/out", max_quarantined=text).quarantine_limit
+
+    assert [limit(text) for text in ("5%", "0%", "100%", "2.5%", None)] == [0.05, 0, 1, 0.025, None]
+    for wrong in ("5", "-1%", "101%", "0.05", "%", ""):
+        with pytest.raises(ValidationError, match="a percentage such as 5%"):
+            limit(wrong)

@@ -45,8 +45,8 @@ def data(demo_dataset: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def shard_of(data: Path, fingerprint: str = "stat") -> Shard:
-    shards = find_shards(str(data), "/out")
+def shard_of(data: Path, fingerprint: str = "stat", key_dot: Any = "first") -> Shard:
+    shards = find_shards(str(data), "/out", key_dot)
     return (with_content_fingerprints(shards) if fingerprint == "content" else shards)[0]
 
 
@@ -55,7 +55,7 @@ def keys(data: Path, fingerprint: str = "stat", made: ImageEmbedder | None = Non
     given: dict[str, Any] = {"model_name": "test_vit.r160_in1k", "pretrained": False, "fingerprint": fingerprint}
     config = EmbedConfig(dataset=str(data), output="/out", **given | options)
     embedder = made or config.build_embedder()
-    shard = shard_of(data, fingerprint)
+    shard = shard_of(data, fingerprint, config.key_dot)
     embedding = embedding_key(shard, digest(embedder.fingerprint()), config.id_col)
     return embedding, merge_key(shard, embedding, merge_options(config, embedder).as_dict())
 
@@ -120,6 +120,7 @@ def test_by_content_another_time_is_nothing(data: Path) -> None:
         {"max_pixels": 1_000_000},
         {"image_component": "left.jpg"},
         {"id_col": "uid"},
+        {"key_dot": "last"},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -153,6 +154,7 @@ def test_another_embedder_or_parameter_changes_the_key(data: Path) -> None:
         {"overwrite": True},
         {"verify": True},
         {"shard_timeout": 9.0},
+        {"max_quarantined": "5%"},
     ],
     ids=lambda option: next(iter(option)),
 )

@@ -19,6 +19,7 @@ from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
 from tasks.embed import EmbedOptions, embed_group
 from tasks.failures import ShardsFailed
+from tasks.metadata import read_metadata
 from tasks.shards import EmbeddingRecord, Shard, digest, find_shards, read_embedding_record
 from tasks.storage import Folder
 from tasks.vectors import vector_array, write_vectors
@@ -214,3 +215,32 @@ def test_vectors_come_back_whatever_their_column_is_called(tmp_path: Path, colum
     assert pq.read_table(tmp_path / "0.parquet").column(column).to_pylist() == matrix.tolist()
     group = pq.read_metadata(tmp_path / "0.parquet").row_group(0)
     assert [group.column(i).compression for i in range(2)] == ["ZSTD", "UNCOMPRESSED"]
+
+
+def test_the_record_tells_what_is_part_of_no_sample_and_of_a_doubtful_end(
+    make_shard: MakeShard, tiny: TimmImageEmbedder, tmp_path: Path
+) -> None:
+    shard = make_shard(README=b"x", _hidden=b"x")
+    path = tmp_path / "data/00000.tar"
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    (shard,) = find_shards(shard.dataset, shard.output)
+    for indexed in (False, True):  # by the headers, then by the kept index
+        (record,) = embed([shard], tiny, verify=False)
+        assert (record.embedded, record.ignored, record.ignored_examples) == (3, 2, ["README", "_hidden"])
+        assert record.doubt == "it has no end-of-archive mark"
+        assert shard.target.has(shard.index_file)
+        if not indexed:
+            os.remove(shard.target.path(shard.embeddings_file))
+
+
+def test_keys_by_the_last_dot_join_their_metadata(
+    make_shard: MakeShard, tiny: TimmImageEmbedder, jpeg: bytes, tmp_path: Path
+) -> None:
+    names = ("at 10.13.22", "at 10.14.01")
+    shard = make_shard(keys=names, json_of={name: {"caption": name} for name in names})
+    (by_first,) = embed([shard], tiny)
+    assert (by_first.embedded, by_first.quarantined) == (0, {"ambiguous_image": 1})
+    (shard,) = find_shards(shard.dataset, shard.output, "last")
+    (by_last,) = embed([shard], tiny)
+    assert (by_last.embedded, by_last.quarantined) == (2, {})
+    assert read_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
+from embedders.webdataset import read_tar_file
 from tasks.shards import (
     RECORD,
     EmbeddingRecord,
@@ -128,3 +130,38 @@ def test_no_folder_and_no_tars_are_told_apart(tmp_path: Path) -> None:
         find_shards(str(tmp_path), "/out")
     with pytest.raises(InputError, match="no such folder"):
         find_shards(str(tmp_path / "x"), "/out")
+
+
+@pytest.mark.parametrize(
+    ("names", "dataset", "says"),
+    [
+        (["b.txt", "x/a.jpg", "x/c.JFIF"], "", r"2 pictures such as x/a\.jpg; pack them: mkdir shards && tar -C "),
+        (["a.zip", "b.zip"], "", r"no \.tar files, but 2 zip archives such as a\.zip; unpack them"),
+        (["a.zip"], "a.zip", r"a\.zip: a zip archive; unpack it .*: unzip a\.zip -d pictures && mkdir shards"),
+        (["0.tar"], "0.tar", r"0\.tar: this is one shard; give the folder that holds it: \S+$"),
+        (["list.txt"], "list.txt", "a file; give the folder"),
+        (["a.parquet"], "", r"no \.tar files; give the folder"),
+    ],
+)
+def test_a_dataset_without_shards_is_called_what_it_is(
+    tmp_path: Path, names: list[str], dataset: str, says: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=says) as error:
+        find_shards(str(tmp_path / dataset), "/out")
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_that_packs_a_folder_makes_a_dataset_of_it(tmp_path: Path) -> None:
+    (tmp_path / "my pictures").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / "my pictures" / name).write_bytes(b"x")
+    with pytest.raises(InputError) as error:
+        find_shards(str(tmp_path / "my pictures"), "/out")
+    command = str(error.value).partition("pack them: ")[2].partition(", and")[0]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (shard,) = find_shards(str(tmp_path / "shards"), "/out")
+    keys = [sample.key for sample in read_tar_file(shard.source.path(shard.tar), "tar").samples]
+    assert sorted(keys) == ["a", "b"]
