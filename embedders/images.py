@@ -11,13 +11,12 @@ import functools
 import io
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from embedders.loader import Reason
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Buffer = np.ndarray | memoryview | bytes
 
 MAX_PIXELS = 178_000_000
@@ -51,7 +50,7 @@ class BadImage(Exception):
 def inspect(data: Buffer) -> ImageHeader:
     """The header of an encoded image (1-D uint8 array, or bytes); never raises.
 
-    Runs once an image in the thread that feeds the loader: about 5 microseconds for a JPEG.
+    Runs once per image in the thread that feeds the loader: about 15 microseconds for a JPEG of 50 kB.
     """
     view = _view(data)
     kind = sniff(bytes(view[:32]))
@@ -185,16 +184,19 @@ def _inspect_jpeg(view: memoryview) -> ImageHeader:
         elif marker == 0xEE and size >= 14 and bytes(view[body : body + 5]) == b"Adobe":
             adobe = True
             transform = view[body + 11] if body + 11 < end else 0
-        elif marker == 0xDA:
+        elif marker == _START_OF_SCAN:
             break
-        elif marker == 0xD9 or size < 2:
+        elif marker == _END_OF_IMAGE or size < 2:
             return ImageHeader("jpeg", width, height, False, "the JPEG has no scan", metadata)
+        elif not (0xE0 <= marker <= 0xEF or marker in _TABLES):
+            return ImageHeader("jpeg", width, height, False, f"the JPEG has a marker FF {marker:02X}", metadata)
         position += 2 + size
     why = _why_not_jpeg(sof, precision, components, width * height)
     if not why and components == 3 and _is_stored_as_rgb(jfif, adobe, transform, ids):
         why = "the JPEG is stored as RGB"
-    if not why and not _has_end_of_image(view, position):
-        why = "the JPEG has no end"
+    if not why:
+        in_parts = sof == _PROGRESSIVE or view[body] < components
+        why = _why_not_scans(view, position + 2 + size, _TABLES | {_START_OF_SCAN} if in_parts else frozenset())
     return ImageHeader("jpeg", width, height, not why, why, metadata)
 
 
@@ -213,13 +215,59 @@ def _is_stored_as_rgb(jfif: bool, adobe: bool, transform: int, ids: bytes) -> bo
     return transform == 0 if adobe else ids == b"RGB"
 
 
-def _has_end_of_image(view: memoryview, scan: int) -> bool:
-    """Whether an EOI marker follows the first scan. Bytes after it are common, and harmless.
+_PROGRESSIVE, _START_OF_SCAN, _END_OF_IMAGE = 0xC2, 0xDA, 0xD9
 
-    Without this check libjpeg fills what is missing with grey. FF D9 cannot occur inside entropy-coded data, and a
-    thumbnail's lies before the scan.
+_TABLES = frozenset({0xC4, 0xDB, 0xDD, 0xFE})
+"""DHT, DQT, DRI and COM: segments that may come before any scan."""
+
+_ENDS_SCAN = np.ones(256, bool)
+_ENDS_SCAN[[0x00, *range(0xD0, 0xD8)]] = False
+"""By the byte after an FF: whether entropy-coded data ends there. FF 00 is a byte of it, FF D0 to FF D7 restart it."""
+
+
+def _why_not_scans(view: memoryview, position: int, allowed: frozenset[int]) -> str:
+    """Why the scans of a JPEG do not lead to its end; nothing if they do.
+
+    Whatever the entropy-coded bytes are, libjpeg decodes them, with a warning and some grey if need be. It fails on a
+    marker among them, as damage and splices leave one. Pillow raises then. A decoder that has given out rows by that
+    time, as DALI's has where all components are in one scan, fills the rest with grey and says nothing, and what nvJPEG
+    does is its own affair. So no decoder but Pillow gets an image with a marker where none belongs. Bytes after the
+    end are common, and harmless.
+
+    Args:
+        view: The whole file.
+        position: Where the first scan's entropy-coded data begins.
+        allowed: The markers that may follow a scan, besides that of the end.
     """
-    return bytes(view[-2:]) == b"\xff\xd9" or bytes(view[scan:]).rfind(b"\xff\xd9") >= 0
+    stops = _scan_ends(view, position)
+    position = _first_from(stops, position)
+    while 0 <= position < len(view) - 1:
+        marker = view[position + 1]
+        if marker == _END_OF_IMAGE:
+            return ""
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        size = int.from_bytes(view[position + 2 : position + 4], "big")
+        if view[position] != 0xFF or marker not in allowed or size < 2:
+            return "the JPEG has a marker in its scan that does not belong there"
+        position += 2 + size
+        if marker == _START_OF_SCAN:
+            position = _first_from(stops, position)
+    return "the JPEG has no end"
+
+
+def _scan_ends(view: memoryview, start: int) -> np.ndarray:
+    """The positions from `start` on at which entropy-coded data would end; 10 microseconds for 50 kB."""
+    data = np.frombuffer(view, np.uint8, offset=min(start, len(view)))
+    marks = np.flatnonzero(data[:-1] == 0xFF)
+    return marks[_ENDS_SCAN[data[1:][marks]]] + start
+
+
+def _first_from(positions: np.ndarray, start: int) -> int:
+    """The first of some sorted positions that is not before `start`, or -1."""
+    i = int(np.searchsorted(positions, start))
+    return int(positions[i]) if i < len(positions) else -1
 
 
 def _inspect_png(view: memoryview) -> ImageHeader:

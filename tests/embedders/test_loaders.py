@@ -332,6 +332,66 @@ def test_decode_says_what_is_wrong(name: str) -> None:
     assert " at 0x" not in raised.value.detail
 
 
+def damaged_photographs(count: int) -> dict[str, bytes]:
+    """Photographs with 20 random bytes in the scan, continued by another one, with a hole, or with a stray marker."""
+    chance = random.Random(14)
+    sound = [data for name, data in stream_of_photographs().items() if name.endswith("jpg")]
+    sound += [save(photo.resize((320, 240)), "JPEG", restart_marker_rows=1) for photo in photographs()]
+    images: dict[str, bytes] = {}
+    for number in range(count):
+        data = bytearray(sound[number % len(sound)])
+        scan = data.index(b"\xff\xda") + 14
+        start = chance.randrange(scan, len(data) - 2)
+        kind = ("bytes", "splice", "hole", "marker")[number // len(sound) % 4]
+        if kind == "bytes":
+            for _ in range(20):
+                data[chance.randrange(scan, len(data) - 2)] = chance.randrange(256)
+        elif kind == "splice":
+            other = chance.choice(sound)
+            data[start:] = other[chance.randrange(200, len(other)) :]
+        elif kind == "hole":
+            size = min(4096, len(data) - 2 - start)
+            data[start : start + size] = bytes(size)
+        else:
+            data[start : start + 2] = bytes([0xFF, chance.randrange(256)])
+        images[f"{number} {kind}"] = bytes(data)
+    return images
+
+
+def is_sound_to_pillow(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), [("dali", 1), ("dali", 32), ("two of dali", 7), ("reference", 32)])
+def test_the_verdict_on_a_damaged_photograph_is_pillows(
+    kind: str, batch_size: int, make_loader: Callable[..., Loader]
+) -> None:
+    images = damaged_photographs(600)
+    sound = {name for name, data in images.items() if is_sound_to_pillow(data)}
+    assert 100 < len(sound) < 500
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=batch_size)
+    batches = list(loader.batches(encoded(images)))
+    found = rows(batches)
+    assert found.keys() == sound
+    assert reasons(batches).keys() == images.keys() - sound
+    transform = Preprocessing.from_timm({**CENTER, "input_size": (3, 64, 64)}).transform()
+    for name, image in found.items():
+        expected = transform(Image.open(io.BytesIO(images[name])).convert("RGB"))
+        assert levels(image, expected, {}).mean() < 0.05, name
+
+
+def test_a_marker_that_pillow_does_not_know_is_pillows() -> None:
+    jpeg, _ = found_in_the_wild()["jpeg"]
+    tables = jpeg.index(b"\xff\xc4")
+    assert inspect(jpeg).dali
+    assert not inspect(jpeg[:tables] + b"\xff\x01" + jpeg[tables + 2 :]).dali
+    assert inspect(jpeg[:-2] + b"\xff\xff\xff\xd9" + bytes(9)).dali  # fill bytes before the end, padding after it
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
 def test_any_damage_gives_an_image_or_a_bad_image() -> None:
     chance = random.Random(1)
