@@ -7,12 +7,18 @@ exception.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import io
+import logging
+import warnings
+import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from embedders.loader import Reason
 
@@ -61,7 +67,13 @@ def inspect(data: Buffer) -> ImageHeader:
     return ImageHeader(kind, 0, 0, False, f"{kind or 'unknown format'} is read by Pillow")
 
 
-def decode(data: Buffer, mode: str = "RGB", max_pixels: int = MAX_PIXELS, apply_exif: bool = False) -> Image.Image:
+def decode(
+    data: Buffer,
+    mode: str = "RGB",
+    max_pixels: int = MAX_PIXELS,
+    apply_exif: bool = False,
+    at_least: tuple[int, int] | None = None,
+) -> Image.Image:
     """The decoded image in Pillow mode `mode`: `PIL.Image.open(...).convert(mode)`, first frame of several.
 
     Raises BadImage, and besides MemoryError nothing else, whatever the bytes are. Images of more than `max_pixels` by
@@ -73,10 +85,11 @@ def decode(data: Buffer, mode: str = "RGB", max_pixels: int = MAX_PIXELS, apply_
     header = inspect(data)
     _check_size(header.width, header.height, max_pixels)
     try:
-        with Image.open(io.BytesIO(_view(data)), formats=_pillow_formats()) as image:
+        with _opened(data) as image:
             _check_size(*image.size, max_pixels)
-            upright = ImageOps.exif_transpose(image) if apply_exif else image
-            return upright.convert(mode)
+            if at_least is not None:
+                image.draft("RGB", at_least)
+            return (_upright(image) if apply_exif else image).convert(mode)
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -87,16 +100,62 @@ def decode(data: Buffer, mode: str = "RGB", max_pixels: int = MAX_PIXELS, apply_
         raise BadImage(_reason(error, data, header.format), f"{header.format}: {_one_line(error)}") from error
 
 
+def _opened(data: Buffer) -> Image.Image:
+    """`PIL.Image.open` of the formats that are read here. Nothing else in this project opens other people's images."""
+    _quieten()
+    return Image.open(io.BytesIO(_view(data)), formats=_pillow_formats())
+
+
+@functools.cache
+def _quieten() -> None:
+    """Have Pillow and its libtiff write nothing to stderr, for this process.
+
+    What they say by the hundred is of no use there, since no line names its image: a picture that cannot be read raises
+    and is quarantined with the reason, and one that can be read is embedded as Pillow reads it.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    with contextlib.suppress(AttributeError, OSError):  # a Pillow without libtiff, or linked in another way
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF or XMP asks. One whose metadata cannot be read asks for nothing."""
+    image.load()  # what follows the pixels may hold the metadata, and an error in the pixels is not theirs
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # whatever a broken block of EXIF makes Pillow raise
+        return 1
+
+
 def is_rotated(data: Buffer) -> bool:
     """Whether the image's metadata asks for another orientation than the stored one, by Pillow's reading of it."""
     try:
-        with Image.open(io.BytesIO(_view(data)), formats=_pillow_formats()) as image:
-            return image.getexif().get(_ORIENTATION, 1) != 1
+        with _opened(data) as image:
+            return _orientation(image) in _TURNS
     except MemoryError:
         raise
     except Exception:
         return True  # whatever it is, Pillow's path shall say so
 
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to bring an image upright, by its EXIF orientation."""
 
 _ORIENTATION = 0x0112
 """EXIF tag of the orientation: 1 is upright."""
@@ -275,31 +334,62 @@ def _inspect_png(view: memoryview) -> ImageHeader:
     if len(view) < 33 or bytes(view[12:16]) != b"IHDR":
         return ImageHeader("png", 0, 0, False, "the PNG ends in its header")
     width, height = int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big")
-    depth, colour, interlace = view[24], view[25], view[28]
+    depth, colour, *methods, interlace = view[24:29]
     why = ""
     if not width * height:
         why = "the PNG's header has no size"
-    elif depth != 8 or colour not in (0, 2) or interlace:
+    elif max(width, height) >= 1 << 31:
+        why = "the PNG's header has a size that no PNG can have"
+    elif depth != 8 or colour not in (0, 2) or interlace or any(methods):
         why = "the PNG is not 8-bit RGB or grey without interlace"
-    chunks = _png_chunks(view) if not why else set()
-    if not why and b"tRNS" in chunks:
-        why = "the PNG has transparency"
-    if not why and b"IEND" not in chunks:
-        why = "the PNG has no end"
-    return ImageHeader("png", width, height, not why, why, b"eXIf" in chunks or b"iTXt" in chunks)
+    why = why or _why_not_chunks(view)
+    return ImageHeader("png", width, height, not why, why)
 
 
-def _png_chunks(view: memoryview) -> set[bytes]:
-    """The types of the chunks up to IEND, without IEND if the chain does not lead there."""
-    types: set[bytes] = set()
+class _Chunk(NamedTuple):
+    """A chunk of a PNG, and where its body begins."""
+
+    kind: bytes
+    start: int
+    length: int
+
+
+_PLAIN_CHUNKS = {b"IHDR": 13, b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
+"""Chunks before the image data that change nothing in any decoder, and their lengths."""
+
+
+def _png_chunks(view: memoryview) -> Iterator[_Chunk]:
+    """The chunks up to IEND; without IEND if the chain does not lead there."""
     position, end = 8, len(view)
     while position + 12 <= end:
-        kind = bytes(view[position + 4 : position + 8])
-        types.add(kind)
-        if kind == b"IEND":
-            break
-        position += 12 + int.from_bytes(view[position : position + 4], "big")
-    return types
+        chunk = _Chunk(bytes(view[position + 4 : position + 8]), position + 8, _big(view, position))
+        yield chunk
+        if chunk.kind == b"IEND":
+            return
+        position = chunk.start + chunk.length + 4
+
+
+def _why_not_chunks(view: memoryview) -> str:
+    """Why a PNG's chunks are not only those that every decoder treats alike; nothing if they are.
+
+    All others are Pillow's, which costs little, since a PNG takes most of its time to inflate: animations, whose first
+    frame may be another image, transparency, profiles and texts, which Pillow limits in size and libpng complains of on
+    stderr, EXIF, and damage that only one of the two sees. Image data has a checksum that every decoder goes by.
+    """
+    allowed, kind = dict(_PLAIN_CHUNKS), b""
+    for kind, start, length in _png_chunks(view):
+        if kind == b"IDAT":
+            allowed = {b"IEND": 0}
+        elif allowed.pop(kind, None) != length:
+            return f"the PNG has a chunk {kind!r} of {length} bytes"
+        elif zlib.crc32(view[start - 4 : start + length]) != _big(view, start + length):
+            return f"the PNG's chunk {kind!r} is damaged"
+    return "" if kind == b"IEND" else "the PNG has no end"
+
+
+def _big(view: memoryview, position: int) -> int:
+    """The four bytes at `position` as a number."""
+    return int.from_bytes(view[position : position + 4], "big")
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -337,7 +427,7 @@ def _is_cut_short(data: Buffer, kind: str) -> bool:
     if kind == "jpeg":
         return bytes(view[2:]).rfind(b"\xff\xd9") < 0
     if kind == "png":
-        return b"IEND" not in _png_chunks(view)
+        return all(chunk.kind != b"IEND" for chunk in _png_chunks(view))
     if kind == "webp":
         return int.from_bytes(view[4:8], "little") + 8 > len(view)
     if kind == "bmp":
