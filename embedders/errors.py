@@ -7,3 +7,11 @@ class InputError(Exception):
 
 class MalformedShard(Exception):
     """A tar that cannot be read as one. Trying again does not help: the shard fails by name, the others go on."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, on whatever device: Python, numpy, Pillow and torch say so differently."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for a name
+        return True
+    # torch's allocator for CPUs raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

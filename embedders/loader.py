@@ -36,7 +36,7 @@ class Reason(enum.StrEnum):
     UNSUPPORTED = "unsupported"
     """An image format that neither DALI nor Pillow reads here."""
     TOO_LARGE = "too_large"
-    """More pixels than the limit, by its header."""
+    """More pixels than the limit, by its header, or than there is memory for."""
     DUPLICATE_ID = "duplicate_id"
     """An earlier sample, or metadata row, of the shard has the same id."""
     NOT_EMBEDDED = "not_embedded"

@@ -211,6 +211,19 @@ class Preprocessing:
         return np.rint(heights / ratio).astype(np.int64), np.rint(widths / ratio).astype(np.int64)
 
 
+def sizes(data_config: Mapping[str, Any]) -> Preprocessing:
+    """What is known of the sizes that a data config's transform makes, whether or not the rest can be expressed.
+
+    Its `geometry` is the transform's as far as the number of pixels goes: that depends neither on the filter nor on the
+    channels. Crop modes that are not known keep the aspect as `CropMode.CENTER` does.
+    """
+    size = data_config.get("input_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    mode = data_config.get("crop_mode")
+    known = {"input_size": (3, height, width), "crop_pct": data_config.get("crop_pct")}
+    return Preprocessing.from_timm(known | {"crop_mode": mode if mode in set(CropMode) else CropMode.CENTER})
+
+
 def timm_transform(data_config: Mapping[str, Any]) -> Transform:
     """timm's own evaluation transform of a data config, whether or not it can be a `Preprocessing`."""
     from timm.data.transforms_factory import create_transform

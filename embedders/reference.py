@@ -6,6 +6,7 @@ It is the fallback for transforms that `Preprocessing` cannot express, the yards
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,15 +14,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from embedders.images import MAX_PIXELS, BadImage, decode
+from embedders.errors import is_out_of_memory
+from embedders.images import MAX_PIXELS, BadImage, decode, inspect
 from embedders.loader import Encoded, LoadedBatch, Reason, Rejected
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from embedders.preprocess import Preprocessing, Transform
 
     Row = Future[torch.Tensor | Rejected]
+
+_ALONE = threading.Lock()
+"""Held by a thread that decodes an image for which there was not enough memory beside others."""
 
 LOOK_AHEAD = 2
 """Batches decoded or in work before the one that is asked for."""
@@ -31,8 +37,9 @@ LOOK_AHEAD = 2
 class Reference:
     """How one encoded image becomes one input: Pillow's decoding, then `transform`.
 
-    `preprocessing`, where it is known, is only used to refuse images whose resize would need more than `max_pixels`:
-    one of 1 x 60000 grows to 600 million pixels when its shorter edge becomes 100.
+    `preprocessing` is only used to refuse images whose resize would need more than `max_pixels`: one of 1 x 60000 grows
+    to 600 million pixels when its shorter edge becomes 100. Of a transform that is no `Preprocessing` give the
+    `embedders.preprocess.sizes` of its data config.
     """
 
     transform: Transform
@@ -42,13 +49,39 @@ class Reference:
     preprocessing: Preprocessing | None = None
 
     def __call__(self, sample: Encoded) -> torch.Tensor | Rejected:
-        """The image as the transform returns it, float32 (channels, height, width), or why there is none."""
+        """The image as the transform returns it, float32 (channels, height, width), or why there is none.
+
+        An image for which there is not enough memory is tried again on its own, and then rejected.
+        """
+        try:
+            return self._row(sample)
+        except MemoryError:
+            pass
+        with _ALONE:
+            try:
+                return self._row(sample)
+            except MemoryError:
+                header = inspect(sample.data)
+                what = f"{header.width}x{header.height} pixels" if header.width else f"{len(sample.data):,} bytes"
+                detail = f"there is not enough memory for this image of {what}; add some, or decode on fewer threads"
+                return Rejected(sample.tag, Reason.TOO_LARGE, detail)
+
+    def _row(self, sample: Encoded) -> torch.Tensor | Rejected:
         try:
             image = decode(sample.data, self.mode, self.max_pixels, self.apply_exif)
             self._check_resize(*image.size)
-            return self.transform(image)
+            return self._transformed(image)
         except BadImage as bad:
             return Rejected(sample.tag, bad.reason, bad.detail)
+
+    def _transformed(self, image: Image.Image) -> torch.Tensor:
+        try:
+            return self.transform(image)
+        except Exception as error:  # a transform may be anybody's
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            what = f"the transform does not take {image.width}x{image.height}: {type(error).__name__}: {error}"
+            raise BadImage(Reason.UNSUPPORTED, " ".join(what.split())[:200]) from error
 
     def _check_resize(self, width: int, height: int) -> None:
         if self.preprocessing is None:

@@ -21,7 +21,7 @@ from embedders.fingerprint import of_classes
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, LoadedBatch, Loader
 from embedders.prepared import ALIKE, COMPILE_SECONDS, prepare
-from embedders.preprocess import NotConvertible, Preprocessing, timm_transform
+from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
 from embedders.webdataset import OpenShard, open_shard
 from embedders.weights import RANDOM, Weights, resolve_weights
 
@@ -461,13 +461,11 @@ class TimmImageEmbedder(ImageEmbedder):
             preprocessing = self.preprocessing
         except NotConvertible as why:
             self._decoder = "reference"
-            if self.loader is LoaderKind.REFERENCE:
-                return ReferenceLoader(**common)
             if self.loader is LoaderKind.DALI:
                 raise InputError(
                     f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto"
                 ) from why
-            return ReferenceLoader(**common)
+            return ReferenceLoader(preprocessing=sizes(self.data_config), **common)
         if self.loader is LoaderKind.REFERENCE:
             self._decoder = "reference"
             return ReferenceLoader(preprocessing=preprocessing, mode=preprocessing.mode, **common)

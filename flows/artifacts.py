@@ -174,7 +174,8 @@ def _pictures(manifest: Manifest, plan: Plan) -> None:
     output = Folder(manifest.output)
     embedded = sample_vectors(output, EMBEDDED_PICTURES, np.random.default_rng(0)).places
     bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES)]
-    pictures = Pictures(manifest.dataset, manifest.output, manifest.embedder.get("image_component"))
+    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
+    pictures = Pictures(manifest.dataset, manifest.output, component, limit)
     shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
     sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
     if sheet is not None:

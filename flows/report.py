@@ -53,7 +53,8 @@ def write_report(output: str, seed: int = 0) -> str:
     generator = np.random.default_rng(seed)
     sampled = sample_vectors(folder, VECTORS, generator)
     component = manifest.embedder.get("image_component")
-    pictures = Pictures(manifest.dataset, output, component) if manifest.dataset else None
+    limit = manifest.embedder.get("max_pixels")
+    pictures = Pictures(manifest.dataset, output, component, limit) if manifest.dataset else None
     parts = [_facts(manifest, sampled), _throughput(folder)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]

@@ -88,7 +88,7 @@ def search(
         assert id is not None
         query, wanted, shown = find_vector(folder, id), None, None
     found = nearest(folder, query, count, wanted)
-    pictures = Pictures(manifest.dataset, output, made_by.get("image_component"))
+    pictures = Pictures(manifest.dataset, output, made_by.get("image_component"), made_by.get("max_pixels"))
     places = [one.place for one in found]
     members = pictures.members(places)
     show(found, members)

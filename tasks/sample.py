@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image, ImageFile
+from PIL import Image
 
 from embedders.errors import MalformedShard
+from embedders.images import MAX_PIXELS, BadImage, decode, sniff
+from embedders.loader import Reason
 from embedders.webdataset import Component, map_tar, parse_index, printable, read_tar
 from tasks.storage import Folder
 
@@ -57,8 +59,11 @@ def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -
 class Pictures:
     """Thumbnails of samples, read out of the tars at the places that the index tells; none where a tar is gone."""
 
-    def __init__(self, dataset: str, output: str, image_component: str | None = None) -> None:
+    def __init__(
+        self, dataset: str, output: str, image_component: str | None = None, max_pixels: int | None = None
+    ) -> None:
         self.source, self.output, self.component = Folder(dataset), Folder(output), image_component
+        self.max_pixels = max_pixels or MAX_PIXELS
 
     def of(self, places: Sequence[tuple[str, str]], side: int) -> dict[tuple[str, str], str]:
         """Data URLs of thumbnails of at most `side` pixels a side, by shard and id, for those that can be shown."""
@@ -125,21 +130,29 @@ class Pictures:
         if component.size > IMAGE_BYTES:
             return None
         start = component.offset
-        return data_url(self.source.read_range(f"{shard}.tar", start, start + component.size), side)
+        return data_url(self.source.read_range(f"{shard}.tar", start, start + component.size), side, self.max_pixels)
 
 
-def data_url(encoded: bytes, side: int) -> str | None:
-    """A WebP thumbnail of an encoded image as a data URL; None for what Pillow cannot show, even in part."""
+def data_url(encoded: bytes, side: int, max_pixels: int = MAX_PIXELS) -> str | None:
+    """A WebP thumbnail of an encoded image as a data URL; None for what cannot be decoded, by the rules of embedding.
+
+    Of a JPEG that is cut short there is what there is of it.
+    """
     out = io.BytesIO()
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True  # what there is of it is shown
     try:
-        image = Image.open(io.BytesIO(encoded))
-        image.draft("RGB", (side * 2, side * 2))
-        thumbnail = image.convert("RGB")
+        thumbnail = _decoded(encoded, side, max_pixels)
         thumbnail.thumbnail((side, side))
         thumbnail.save(out, "WEBP", quality=55)
-    except Exception:  # whatever a broken file makes a decoder raise
+    except (BadImage, MemoryError, OSError, ValueError):  # the last two where the thumbnail has no side left
         return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _decoded(encoded: bytes, side: int, max_pixels: int) -> Image.Image:
+    shown = (side * 2, side * 2)
+    try:
+        return decode(encoded, max_pixels=max_pixels, at_least=shown)
+    except BadImage as bad:
+        if bad.reason is not Reason.TRUNCATED or sniff(encoded[:32]) != "jpeg":
+            raise
+        return decode(encoded + b"\xff\xd9", max_pixels=max_pixels, at_least=shown)

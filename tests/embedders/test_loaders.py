@@ -6,6 +6,8 @@ import io
 import itertools
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,7 +26,7 @@ from timm.data.config import resolve_data_config
 from embedders.dali import DaliLoader, Decode, vertical_first
 from embedders.images import BadImage, decode, inspect
 from embedders.loader import Encoded, LoadedBatch, Loader, Reason
-from embedders.preprocess import Preprocessing
+from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
 from embedders.reference import ReferenceLoader
 
 CENTER: dict[str, Any] = {
@@ -64,7 +66,10 @@ def photographs() -> list[Image.Image]:
     names = ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png"]
     images: list[Image.Image] = [Image.open(folder / name) for name in names]
     images += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-    return [image if image.mode == "L" else image.convert("RGB") for image in images]
+    images = [image if image.mode == "L" else image.convert("RGB") for image in images]
+    for image in images:
+        image.info.clear()  # of a colour profile, which would leave every PNG to Pillow
+    return images
 
 
 def save(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -225,6 +230,13 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def hidden_first_frame(photo: Image.Image) -> bytes:
+    """An APNG that shows a grey image where animations are not read, and else the photograph."""
+    default = Image.new("RGB", photo.size, "grey")
+    default.encoderinfo = {}  # type: ignore[attr-defined]
+    return save(default, "PNG", save_all=True, default_image=True, append_images=[photo, photo.rotate(9)])
+
+
 @cache
 def found_in_the_wild() -> dict[str, tuple[bytes, Reason | None]]:
     """Encoded images and what becomes of them: None for a row, else the reason for the rejection."""
@@ -285,6 +297,18 @@ def found_in_the_wild() -> dict[str, tuple[bytes, Reason | None]]:
         "bmp cut in half": (save(photo, "BMP")[:9000], Reason.TRUNCATED),
         "tiff": (save(photo, "TIFF"), None),
         "tiff lzw": (save(photo, "TIFF", compression="tiff_lzw"), None),
+        "png of 4294967295 squared": (png[:16] + b"\xff" * 8 + png[24:], Reason.TOO_LARGE),
+        "png with a short cHRM": (png[:33] + png_chunk(b"cHRM", bytes(10)) + png[33:], Reason.TRUNCATED),
+        "png with an empty sRGB": (png[:33] + png_chunk(b"sRGB", b"") + png[33:], Reason.TRUNCATED),
+        "png with text of 3 MB": (
+            png[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20))) + png[33:],
+            Reason.CORRUPT,
+        ),
+        "png with a short cHRM after its pixels": (
+            png[:-12] + png_chunk(b"cHRM", bytes(10)) + png[-12:],
+            Reason.TRUNCATED,
+        ),
+        "apng": (hidden_first_frame(photo), None),
         "thin": (save(Image.new("RGB", (1, 60000), "red"), "PNG"), Reason.TOO_LARGE),
         "nothing": (b"", Reason.EMPTY),
         "one byte": (b"\xff", Reason.NOT_AN_IMAGE),
@@ -332,6 +356,66 @@ def test_decode_says_what_is_wrong(name: str) -> None:
     assert " at 0x" not in raised.value.detail
 
 
+def damaged_photographs(count: int) -> dict[str, bytes]:
+    """Photographs with 20 random bytes in the scan, continued by another one, with a hole, or with a stray marker."""
+    chance = random.Random(14)
+    sound = [data for name, data in stream_of_photographs().items() if name.endswith("jpg")]
+    sound += [save(photo.resize((320, 240)), "JPEG", restart_marker_rows=1) for photo in photographs()]
+    images: dict[str, bytes] = {}
+    for number in range(count):
+        data = bytearray(sound[number % len(sound)])
+        scan = data.index(b"\xff\xda") + 14
+        start = chance.randrange(scan, len(data) - 2)
+        kind = ("bytes", "splice", "hole", "marker")[number // len(sound) % 4]
+        if kind == "bytes":
+            for _ in range(20):
+                data[chance.randrange(scan, len(data) - 2)] = chance.randrange(256)
+        elif kind == "splice":
+            other = chance.choice(sound)
+            data[start:] = other[chance.randrange(200, len(other)) :]
+        elif kind == "hole":
+            size = min(4096, len(data) - 2 - start)
+            data[start : start + size] = bytes(size)
+        else:
+            data[start : start + 2] = bytes([0xFF, chance.randrange(256)])
+        images[f"{number} {kind}"] = bytes(data)
+    return images
+
+
+def is_sound_to_pillow(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), [("dali", 1), ("dali", 32), ("two of dali", 7), ("reference", 32)])
+def test_the_verdict_on_a_damaged_photograph_is_pillows(
+    kind: str, batch_size: int, make_loader: Callable[..., Loader]
+) -> None:
+    images = damaged_photographs(600)
+    sound = {name for name, data in images.items() if is_sound_to_pillow(data)}
+    assert 100 < len(sound) < 500
+    loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=batch_size)
+    batches = list(loader.batches(encoded(images)))
+    found = rows(batches)
+    assert found.keys() == sound
+    assert reasons(batches).keys() == images.keys() - sound
+    transform = Preprocessing.from_timm({**CENTER, "input_size": (3, 64, 64)}).transform()
+    for name, image in found.items():
+        expected = transform(Image.open(io.BytesIO(images[name])).convert("RGB"))
+        assert levels(image, expected, {}).mean() < 0.05, name
+
+
+def test_a_marker_that_pillow_does_not_know_is_pillows() -> None:
+    jpeg, _ = found_in_the_wild()["jpeg"]
+    tables = jpeg.index(b"\xff\xc4")
+    assert inspect(jpeg).dali
+    assert not inspect(jpeg[:tables] + b"\xff\x01" + jpeg[tables + 2 :]).dali
+    assert inspect(jpeg[:-2] + b"\xff\xff\xff\xd9" + bytes(9)).dali  # fill bytes before the end, padding after it
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
 def test_any_damage_gives_an_image_or_a_bad_image() -> None:
     chance = random.Random(1)
@@ -377,6 +461,137 @@ def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., Loa
     for kind, apply in itertools.product(("dali", "reference"), (False, True)):
         (batch,) = make_loader(kind, apply_exif=apply).batches(encoded({"rotated": data}))
         assert levels(batch.images[0], transform(upright if apply else photo), {}).mean() < 3
+
+
+def test_tiny_images_have_timms_pixels(make_loader: Callable[..., Loader]) -> None:
+    transform = Preprocessing.from_timm({**CENTER, "crop_pct": 1.0}).transform()
+    images = {
+        f"{width}x{height} {number}": save(photo.resize((width, height)), "JPEG")
+        for number, photo in enumerate(photographs())
+        for width, height in ((2, 2), (3, 5), (8, 8), (16, 16), (40, 16))
+    }
+    for tag, image in rows(list(make_loader("dali", {"crop_pct": 1.0}).batches(encoded(images)))).items():
+        expected = transform(Image.open(io.BytesIO(images[tag])).convert("RGB"))
+        assert levels(image, expected, {}).max() < 1.01, tag
+
+
+def raw_profile(exif: bytes) -> bytes:
+    """EXIF as ImageMagick keeps it in the text of a PNG."""
+    return b"\nexif\n" + str(len(exif)).rjust(8).encode() + b"\n" + exif.hex().encode() + b"\n"
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_an_orientation_in_the_text_of_a_png_is_applied(kind: str, make_loader: Callable[..., Loader]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = photographs()[3].resize((160, 120))
+    photo.info.clear()
+    png, text = save(photo, "PNG"), raw_profile(exif.tobytes())
+    key = b"Raw profile type exif\0"
+    chunks = {"tEXt": png_chunk(b"tEXt", key + text), "zTXt": png_chunk(b"zTXt", key + b"\0" + zlib.compress(text))}
+    images = {name: png[:33] + chunk + png[33:] for name, chunk in chunks.items()}
+    images |= {f"{name} at the end": png[:-12] + chunk + png[-12:] for name, chunk in chunks.items()}
+    transform = Preprocessing.from_timm(CENTER).transform()
+    upright = transform(photo.transpose(Image.Transpose.ROTATE_270))
+    found = rows(list(make_loader(kind, apply_exif=True).batches(encoded(images))))
+    assert {name: bool(levels(image, upright, {}).mean() < 0.02) for name, image in found.items()} == dict.fromkeys(
+        images, True
+    )
+
+
+@pytest.mark.parametrize("kind", ["dali", "reference"])
+def test_unreadable_exif_costs_no_picture(kind: str, make_loader: Callable[..., Loader]) -> None:
+    photo = photographs()[0].resize((151, 103))
+    photo.info.clear()
+    png, jpeg = save(photo, "PNG"), save(photo, "JPEG")
+    images = {
+        "png": png[:33] + png_chunk(b"eXIf", b"no TIFF at all") + png[33:],
+        "png, none": png[:33] + png_chunk(b"eXIf", b"") + png[33:],
+        "jpeg": jpeg[:2] + b"\xff\xe1\0\x0cExif\0\0MM\0\x2b" + jpeg[2:],
+    }
+    transform = Preprocessing.from_timm(CENTER).transform()
+    found = rows(list(make_loader(kind, apply_exif=True).batches(encoded(images))))
+    assert found.keys() == images.keys()
+    for name, image in found.items():
+        expected = transform(Image.open(io.BytesIO(images[name])).convert("RGB"))
+        assert levels(image, expected, {}).mean() < 0.02, name
+
+
+def test_a_transform_that_is_no_preprocessing_has_the_same_limits(make_loader: Callable[..., Loader]) -> None:
+    config = {**CENTER, "interpolation": "nearest"}
+    with pytest.raises(NotConvertible):
+        Preprocessing.from_timm(config)
+    images = {
+        "explodes": save(Image.new("RGB", (1, 60000)), "PNG"),
+        "vanishes": save(Image.new("RGB", (1, 600)), "PNG"),
+        "sound": save(photographs()[0], "PNG"),
+    }
+    for mode, expected in (
+        ("center", {"explodes": Reason.TOO_LARGE}),
+        ("border", {"explodes": Reason.UNSUPPORTED, "vanishes": Reason.UNSUPPORTED}),
+    ):
+        of = {**config, "crop_mode": mode}
+        loader = ReferenceLoader(timm_transform(of), batch_size=8, num_threads=2, preprocessing=sizes(of))
+        batches = list(loader.batches(encoded(images)))
+        loader.close()
+        assert reasons(batches) == expected
+        assert rows(batches).keys() == images.keys() - expected.keys()
+
+
+def test_an_image_that_a_transform_fails_on_costs_that_image() -> None:
+    transform = Preprocessing.from_timm(CENTER).transform()
+    left = {"passes": 1, "stays": 9}
+
+    def faulty(image: Image.Image) -> torch.Tensor:
+        kind = {(30, 20): "passes", (31, 20): "stays", (32, 20): "raises", (33, 20): "torch"}.get(image.size, "")
+        if kind == "raises":
+            raise ZeroDivisionError("nothing is left")
+        if kind == "torch":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+        if left.get(kind, 0):
+            left[kind] -= 1
+            raise MemoryError
+        return transform(image)
+
+    images = {
+        name: save(photographs()[0].resize((width, 20)), "PNG")
+        for name, width in {"passes": 30, "stays": 31, "raises": 32, "torch": 33, "sound": 34}.items()
+    }
+    loader = ReferenceLoader(faulty, batch_size=2, num_threads=2)
+    batches = list(loader.batches(encoded(images)))
+    loader.close()
+    assert rows(batches).keys() == {"passes", "sound"}
+    assert reasons(batches) == {
+        "stays": Reason.TOO_LARGE,
+        "torch": Reason.TOO_LARGE,
+        "raises": Reason.UNSUPPORTED,
+    }
+
+
+def test_decoders_write_nothing_to_stderr() -> None:
+    code = """
+import io, sys
+from PIL import Image, features
+from embedders.images import BadImage, decode
+photo = Image.effect_noise((90, 70), 50)
+def save(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return bytearray(out.getvalue())
+broken = [save(photo.convert("1"), "TIFF", compression="group4"), save(photo, "TIFF", compression="tiff_deflate")]
+for data in broken:
+    data[100:140] = bytes(range(40))
+broken.append(save(photo.convert("P"), "PNG", transparency=bytes([1, 2])))
+tiff = save(photo, "TIFF")
+tiff[8 + 4 : 8 + 8] = b"\\xff" * 4
+for data in [*broken, tiff]:
+    try:
+        decode(bytes(data))
+    except BadImage:
+        pass
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -428,9 +643,16 @@ def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[
     assert len(rows(list(loader.batches(samples)))) == len(samples)
 
 
+def bad_to_dali() -> bytes:
+    """A PNG with a flipped byte in its pixels, which only a decoder sees."""
+    png = bytearray(save(photographs()[0].resize((151, 103)).convert("L"), "PNG", icc_profile=None))
+    png[len(png) // 2] ^= 0xFF
+    return bytes(png)
+
+
 @pytest.mark.parametrize("kind", ["dali", "two of dali"])
 def test_a_batch_that_dali_refuses_is_recovered(kind: str, make_loader: Callable[..., Loader]) -> None:
-    bad, _ = found_in_the_wild()["png with a flipped byte"]
+    bad = bad_to_dali()
     assert inspect(bad).dali  # or this tests nothing
     images = dict(itertools.islice(stream_of_photographs().items(), 30))
     names = list(images)
@@ -457,7 +679,7 @@ def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., Loader]) -> None:
 def test_on_a_gpu(how: Decode, limit: float, dtype: torch.dtype, make_loader: Callable[..., Loader]) -> None:
     """Thumbnails and drawings with hard edges in the chroma: on photographs nvJPEG is at 0.4 (benchmarks.fidelity)."""
     wild = {name: data for name, (data, reason) in found_in_the_wild().items() if not reason}
-    images = stream_of_photographs() | wild | {"bad": found_in_the_wild()["png with a flipped byte"][0]}
+    images = stream_of_photographs() | wild | {"bad": bad_to_dali()}
     transform = Preprocessing.from_timm(CENTER).transform()
     batches = list(make_loader("dali", device="cuda", decode=how, dtype=dtype).batches(encoded(images)))
     assert reasons(batches) == {"bad": Reason.CORRUPT}
