@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import tarfile
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from embedders.errors import InputError
+from tasks.storage import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -239,9 +238,4 @@ def rename_tensors(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor
 
 
 def _write_whole(path: Path, save: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Folder(str(path.parent)).write(path.name, lambda temporary: save(Path(temporary)))

@@ -101,8 +101,14 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
 
 
 def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
-    """How embeddings join the metadata; an embedder object knows the name of its column."""
-    return config.model_copy(update={"image_embedding_column": embedder.image_embedding_column}).merge_options()
+    """How embeddings join the metadata; an embedder object knows the name of its column.
+
+    :raises InputError: the column has the name of one with ids.
+    """
+    column = embedder.image_embedding_column
+    if column in ("id", config.id_col):  # embeddings files hold the ids as "id"
+        raise InputError(f"the embedding column cannot be called {column!r}: ids are; give --image-embedding-column")
+    return config.model_copy(update={"image_embedding_column": column}).merge_options()
 
 
 def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> int:

@@ -24,7 +24,7 @@ from tasks.dataset import COMMON
 from tasks.footer import DESCRIPTION
 from tasks.merge import arrow_file
 from tasks.report import MANIFEST
-from tasks.storage import Folder
+from tasks.storage import Folder, publish
 from tasks.vectors import VectorFormat, vector_array
 
 MARK = "export.json"
@@ -140,7 +140,7 @@ def whole_folder(target: Path, made_of: dict[str, Any]) -> Iterator[Path]:
         (temporary / MARK).write_text(json.dumps(made_of, indent=2) + "\n")
         if target.exists():
             target.rename(former)
-        temporary.rename(target)
+        publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)

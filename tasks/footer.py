@@ -13,6 +13,8 @@ from tasks.vectors import VectorFormat
 
 DESCRIPTION = b"embedding"
 """The key under which a footer describes the vectors, as JSON."""
+ADDED = b"shard_embed_columns"
+"""The key under which the footer of a user's own file names every column that was added to it, as JSON."""
 HUGGINGFACE = b"huggingface"
 
 
@@ -38,6 +40,16 @@ def footer(schema: pa.Schema, description: Mapping[str, Any]) -> dict[bytes, byt
         DESCRIPTION: json.dumps(description).encode(),
         HUGGINGFACE: json.dumps({"info": {"features": told}}).encode(),
     }
+
+
+def columns_made(schema: pa.Schema) -> set[str]:
+    """Return the columns of a file that this program wrote, by the file's footer."""
+    notes = schema.metadata or {}
+    try:
+        described, added = json.loads(notes.get(DESCRIPTION, b"{}")), json.loads(notes.get(ADDED, b"[]"))
+        return {str(described.get("column", "")), *map(str, added)} - {""}
+    except (ValueError, AttributeError, TypeError):  # somebody else's notes under these names
+        return set()
 
 
 def feature(kind: pa.DataType) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,10 +27,11 @@ from prefect.cache_policies import NO_CACHE
 from embedders.engine import QuarantinedSample
 from embedders.errors import InputError, MalformedShard
 from embedders.loader import Reason
+from tasks.column_types import same_tables
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
-from tasks.footer import describe, footer
+from tasks.footer import ADDED, columns_made, describe, footer
 from tasks.ids import canonical_ids
-from tasks.metadata import conform, no_rows, read_ids, read_metadata, refuse_mismatch, repeated_id
+from tasks.metadata import check_columns, conform, no_rows, read_ids, read_metadata, refuse_mismatch, repeated_id
 from tasks.plan import MergeOptions, merged_key
 from tasks.shards import EmbeddingRecord, MergeRecord, Shard, read_embedding_record, with_record
 from tasks.storage import Folder
@@ -67,7 +69,7 @@ def merge_group(shards: Sequence[Shard], options: MergeOptions, backend: str, cl
         named = dd.from_map(line_of, shards, backend=backend, meta=one_line)
         # One task a shard: reading ids, joining and writing are one partition's.
         written = rows.map_partitions(
-            merge_partition, places, named, options, backend, meta=one_line, align_dataframes=False
+            merge_partition, places, named, options, backend, uuid.uuid4().hex, meta=one_line, align_dataframes=False
         )
         futures = client.compute(written.to_delayed())
     records, failures = [], []
@@ -116,8 +118,11 @@ def to_table(frame: Any) -> pa.Table:
     return frame.to_arrow() if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
 
 
-def merge_partition(rows: Any, places: Any, named: Any, options: MergeOptions, backend: str) -> Any:
-    """Join a shard's ids and write its file; its record as a frame of one line."""
+def merge_partition(rows: Any, places: Any, named: Any, options: MergeOptions, backend: str, attempt: str) -> Any:
+    """Join a shard's ids and write its file; its record as a frame of one line.
+
+    :param attempt: another one each time, so that a retry at once is not given the error that Dask still holds.
+    """
     record = write_merged(join(rows, places), Shard(**read_line(named)), options)
     return to_line(asdict(record), backend)
 
@@ -246,7 +251,11 @@ def _gathered(
         ids, column = pq.read_table(file, columns=["id"]).column(0), pq.read_schema(file).names[1]
         vectors = read_vectors(file, column, embedding.dimensions)
     metadata = read_metadata(shard, options.id_col)
+    where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else f"{shard.dataset}/{shard.tar}, json members"
+    check_columns(metadata.schema, where, options.column)
     notes = dict(metadata.schema.metadata or {}) if options.in_place else {}
+    if options.in_place:
+        notes[ADDED] = json.dumps(sorted({*columns_made(metadata.schema), options.column})).encode()
     metadata = metadata.replace_schema_metadata(None)
     if options.column in metadata.column_names:
         metadata = metadata.drop_columns([options.column])
@@ -254,7 +263,7 @@ def _gathered(
         try:
             metadata = conform(metadata, options.schema, options.id_col)
         except InputError as error:
-            raise InputError(f"{shard.dataset}/{shard.metadata}: {error}") from error
+            raise InputError(f"{where}: {error}") from error
     return Joined(metadata, ids, vectors, rows, places, options.keep_rows), notes
 
 
@@ -351,7 +360,7 @@ def _prove(path: str, expected: Iterator[pa.Table]) -> None:
     with pq.ParquetFile(path, page_checksum_verification=True) as written:
         groups = 0
         for table in expected:
-            if groups >= written.num_row_groups or not written.read_row_group(groups).equals(table):
+            if groups >= written.num_row_groups or not same_tables(written.read_row_group(groups), table):
                 raise MalformedShard(f"{path}: row group {groups} does not read back as written; the old file stays")
             groups += 1
         if groups != written.num_row_groups:

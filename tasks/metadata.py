@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 from embedders.errors import InputError
 from embedders.loader import Reason
 from embedders.webdataset import open_shard, printable, sample_json
+from tasks.column_types import plain_schema, plain_table, refused_by_arrow
+from tasks.footer import columns_made
 from tasks.ids import canonical_ids, repeated
 from tasks.shards import Shard
 from tasks.storage import in_bulk
@@ -57,7 +60,7 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
         return
     where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
-        column = parquet.read([id_col]).column(0)
+        column = parquet.read([id_col]).column(id_col)
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
@@ -108,18 +111,20 @@ def read_ids(shard: Shard, id_col: str) -> pa.ChunkedArray:
     if shard.metadata is None:
         return canonical_ids(json_metadata(shard, id_col).column(id_col))
     with open_metadata(shard, id_col) as parquet:
-        return canonical_ids(parquet.read([id_col]).column(0))
+        return canonical_ids(parquet.read([id_col]).column(id_col))  # it also reads a column called "id_col.other"
 
 
 def read_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """A shard's metadata as it is.
+    """A shard's metadata as it is, in plain types; see `tasks.column_types`.
 
     Without a Parquet beside the tar, its rows are the samples' json members.
     """
     if shard.metadata is None:
         return json_metadata(shard, id_col)
     with open_metadata(shard, id_col) as parquet:
-        return parquet.read()
+        # Not all at once: Arrow cannot read dictionaries inside lists or structs across row groups.
+        groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
+        return plain_table(pa.concat_tables(groups) if groups else parquet.read())
 
 
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
@@ -160,6 +165,51 @@ def has_empty_struct(kind: pa.DataType) -> bool:
     return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
 
 
+# --- columns that can be carried through ------------------------------------------------------------------------------
+
+
+def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
+    """Return the schema of the Parquet beside a shard's tar, in plain types, from its footer.
+
+    Args:
+        shard: It has such a Parquet.
+        id_col: The column with the ids.
+        column: The embedding column that is to come.
+
+    Raises:
+        InputError: The file does not open or lacks the id column, two columns have one name, a column of the user's
+            own has the embedding column's name, or a column's type cannot be written.
+    """
+    where = f"{shard.dataset}/{shard.metadata}"
+    with open_metadata(shard, id_col) as parquet:
+        schema = parquet.schema_arrow
+    check_columns(schema, where, column)
+    for field in schema:
+        if why := refused_by_arrow(field):
+            raise InputError(
+                f"{where}: column {field.name!r} is {field.type}, which cannot be carried through ({why}); "
+                "write it as another type, or leave it out"
+            )
+    return plain_schema(schema.remove_metadata())
+    return schema
+
+
+def check_columns(schema: pa.Schema, where: str, column: str) -> None:
+    """Refuse columns that would be lost: of two that have one name, and one that has the embedding column's.
+
+    Raises:
+        InputError: There is such a column, and no record in the footer that this program wrote it.
+    """
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise InputError(f"{where}: {count} columns are called {name!r}; rename all but one")
+    if column in schema.names and column not in columns_made(schema):
+        raise InputError(
+            f"{where}: has a column {column!r} that shard-embed did not write, and would replace; "
+            "give another --image-embedding-column, or rename it"
+        )
+
+
 # --- one schema -------------------------------------------------------------------------------------------------------
 
 
@@ -174,8 +224,7 @@ def unified_schema(shards: Sequence[Shard], id_col: str, column: str, held: pa.S
     """
 
     def schema_of(shard: Shard) -> pa.Schema:
-        with open_metadata(shard, id_col) as parquet:
-            return parquet.schema_arrow.remove_metadata()
+        return usable_schema(shard, id_col, column)
 
     described = [shard for shard in shards if shard.metadata is not None]
     distinct: dict[str, tuple[pa.Schema, str]] = {}

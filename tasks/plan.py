@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from embedders.errors import InputError
-from tasks.metadata import unified_schema
+from tasks.metadata import unified_schema, usable_schema
 from tasks.shards import (
     UNMATCHED,
     EmbeddingRecord,
@@ -184,13 +184,16 @@ def plan_in_one_schema(
     """Plan, with the schema that the metadata of all shards has in common; see `make_plan`.
 
     The footers of metadata that is not merged yet are read, so that what cannot be one schema is found before any
-    image is. Where they widen the schema, what is merged already is joined again.
+    image is. Where they widen the schema, what is merged already is joined again. In place each file keeps its own.
 
     :param held: the schema of what is merged already, as `tasks.dataset.held_schema` says it.
-    :raises InputError: columns of one name cannot be of one type.
+    :raises InputError: columns of one name cannot be of one type, or one of them cannot be carried through.
     """
     plan = make_plan(shards, embedder, replace(options, schema=held), **how)
     left = [*plan.to_embed, *plan.to_merge]
+    if options.in_place:
+        described = [shard for shard in left if shard.metadata is not None]
+        in_bulk(lambda shard: usable_schema(shard, options.id_col, options.column), described)
     if options.in_place or not left:
         return plan
     schema = unified_schema(left, options.id_col, options.column, held if plan.merged else None)

@@ -144,10 +144,13 @@ def _create(folder: Folder, lease: Lease) -> bool:
 
 def _create_whole(path: str, text: str) -> None:
     """A file that is never there without its text, and only if it is not there yet."""
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # swept by the next run if this one is killed here
     try:
         Path(temporary).write_text(text, "utf-8")
         os.link(temporary, path)
+    except FileNotFoundError as error:  # swept by the run that holds the output
+        raise FileExistsError(path) from error
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise

@@ -31,6 +31,9 @@ RECORD = b"shard_embed"
 FOOTER_BYTES = 16 << 10
 """Read from a file's end for its footer: a larger one, of many columns, costs a second request."""
 
+WRITTEN = ("embeddings", "index", "merged", "metadata", "quarantine")
+"""The folders of an output that hold a file per shard."""
+
 MAGIC = b"PAR1"
 Footer: TypeAlias = pq.FileMetaData
 
@@ -225,8 +228,9 @@ def content_fingerprint(shard: Shard) -> str:
 
 
 def sweep(output: str) -> None:
-    """Take away what writers that were killed have left in an output. Nobody may write there meanwhile."""
-    for kind in ("embeddings", "index", "metadata", "quarantine"):
+    """Remove what killed writers have left in an output; what else lies there is not looked at."""
+    Folder(output).sweep(below=False)
+    for kind in WRITTEN:
         Folder(f"{output.rstrip('/')}/{kind}").sweep()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import functools
 import io
 import os
@@ -45,6 +47,8 @@ READ_ONLY = frozenset({"http", "https"})
 WALKED = frozenset({"file", "local", "memory", "http", "https"})
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 """The name of a file on a disk that is not whole yet."""
+NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR})
+"""What file systems answer that cannot sync a folder."""
 
 
 @dataclass(frozen=True)
@@ -274,11 +278,12 @@ class Folder:
             self._upload(local, self.path(name))
 
     def _write_local(self, path: Path, save: Callable[[str], None]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            save(str(temporary))
-            temporary.replace(path)
+            with _being_written(temporary):
+                save(str(temporary))
+                publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -297,12 +302,17 @@ class Folder:
                 self.fs.rm_file(temporary)
             raise
 
-    def sweep(self) -> None:
-        """Take away what writers that were killed have left on a disk. Nobody may write meanwhile."""
+    def sweep(self, *, below: bool = True) -> None:
+        """Remove what killed writers have left on a disk; a file that somebody is writing stays.
+
+        Args:
+            below: Whether the folders below this one are swept too.
+        """
         if not self.is_local:
             return
-        for path in Path(self.path("")).rglob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
+        folder = Path(self.path(""))
+        for path in folder.rglob(".*.tmp") if below else folder.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name) and not _is_being_written(path):
                 path.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
@@ -349,6 +359,69 @@ class Folder:
                     raise told from error
             time.sleep(0.2 * 3**attempt * random.uniform(0.5, 1.5))  # 0.2, 0.6, 1.8 s, give or take half
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+# --- what outlasts a power cut ----------------------------------------------------------------------------------------
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file or folder its name, so that a power cut leaves either the old content or the new.
+
+    The content reaches the disk before the name does: a name without content would be a file that is neither.
+
+    Args:
+        temporary: What was written, beside `path`.
+        path: The name it takes; a file of that name is replaced.
+
+    Raises:
+        OSError: The disk did not take it; what had the name before still has it.
+    """
+    for written in (temporary, *temporary.rglob("*")) if temporary.is_dir() else (temporary,):
+        _sync(written)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each of which outlasts a power cut."""
+    if folder.is_dir():
+        return
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        _sync(one.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NOT_SUPPORTED):  # some network file systems sync files only
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _being_written(temporary: Path) -> Iterator[None]:
+    """Hold a lock on a file while it is written. The kernel lets go of it when the process dies."""
+    with temporary.open("xb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_being_written(temporary: Path) -> bool:
+    try:
+        with temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # gone meanwhile, or a file system without locks
+        return False
+    return False
 
 
 def _fingerprint(info: dict[str, Any]) -> str:

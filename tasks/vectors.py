@@ -164,7 +164,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
     if not schema.names:
         return []
     sink = pa.BufferOutputStream()
-    pq.write_table(schema.empty_table(), sink)
+    pq.ParquetWriter(sink, schema).close()
     parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
     return [parquet.column(i).path for i in range(len(parquet))]
 

@@ -17,6 +17,7 @@ from embedders.errors import InputError
 from embedders.webdataset import canonical_id
 from tasks.ids import canonical_ids, repeated
 from tasks.metadata import check_metadata, conform, unified_schema
+from tasks.plan import MergeOptions, plan_in_one_schema
 from tasks.shards import Shard
 
 from .conftest import MakeShard
@@ -114,7 +115,7 @@ def test_columns_that_some_shards_lack_and_numbers_of_two_kinds_become_one_schem
         make_shard,
         {"key": ["a"], "n": [1], "tags": [["x"]], "nothing": pa.nulls(1), "box": [{"x": 1}]},
         {"key": ["b"], "n": [1.5], "late": [datetime.date(2024, 1, 2)], "box": [{"x": 2, "y": "z"}]},
-        {"nothing": [True], "key": ["c"], "n": pa.array([3], pa.int8()), "image_embedding": [[1.0]]},
+        {"nothing": [True], "key": ["c"], "n": pa.array([3], pa.int8())},
     )
     schema = unified_schema([*shards, make_shard("3")], "key", "image_embedding")
     assert {field.name: str(field.type) for field in schema} == {
@@ -126,11 +127,40 @@ def test_columns_that_some_shards_lack_and_numbers_of_two_kinds_become_one_schem
         "late": "date32[day]",
     }
     read = [pq.read_table(shard.source.path(f"{shard.name}.parquet")) for shard in shards]
-    read[2] = read[2].drop_columns("image_embedding")
     rows = pa.concat_tables([conform(table, schema, "key") for table in read]).to_pylist()
     assert [row["n"] for row in rows] == [1.0, 1.5, 3.0]
     assert [row["box"] for row in rows] == [{"x": 1, "y": None}, {"x": 2, "y": "z"}, None]
     assert [row["late"] for row in rows] == [None, datetime.date(2024, 1, 2), None]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["key", "x", "x"], r"0\.parquet: 2 columns are called 'x'; rename all but one"),
+        (["key", "x", "image_embedding"], r"0\.parquet: has a column 'image_embedding' that shard-embed did not write"),
+    ],
+)
+def test_columns_that_would_be_lost_are_refused(make_shard: MakeShard, names: list[str], message: str) -> None:
+    table = pa.table([pa.array(["a"])] * 3, names=names)
+    shard = make_shard("0", metadata=table)
+    with pytest.raises(InputError, match=message):
+        unified_schema([shard], "key", "image_embedding")
+    in_place = MergeOptions("key", "image_embedding", in_place=True)
+    with pytest.raises(InputError, match=message):
+        plan_in_one_schema([shard], "e", in_place, None)
+
+
+@pytest.mark.parametrize("notes", [{"embedding": '{"column": "v"}'}, {"shard_embed_columns": '["w", "v"]'}])
+def test_a_column_of_ours_is_known_by_the_footer(make_shard: MakeShard, notes: dict[str, str]) -> None:
+    shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
+    assert unified_schema([shard], "key", "v").names == ["key"]
+
+
+@pytest.mark.parametrize("notes", [{}, {"embedding": "[1]"}, {"embedding": "no json"}, {"shard_embed_columns": "3"}])
+def test_notes_of_somebody_else_are_no_record(make_shard: MakeShard, notes: dict[str, str]) -> None:
+    shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
+    with pytest.raises(InputError, match="has a column 'v' that shard-embed did not write"):
+        unified_schema([shard], "key", "v")
 
 
 def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:

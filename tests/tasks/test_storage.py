@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from embedders.errors import InputError
-from tasks.storage import Folder, in_bulk
+from tasks.shards import sweep
+from tasks.storage import Folder, in_bulk, publish
 from tasks.stores import has_secret
 
 
@@ -180,6 +184,91 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     folder.sweep()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["a/.mine.tmp", "a/whole.parquet"]
+
+
+def test_a_file_that_is_being_written_is_not_swept(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+
+    def save(path: str) -> None:
+        Path(path).write_text("half")
+        folder.sweep()
+        assert Path(path).read_text() == "half"
+
+    folder.write("a/0.parquet", save)
+    assert (tmp_path / "a/0.parquet").read_text() == "half"
+
+
+def test_every_folder_of_an_output_is_swept_and_no_other(tmp_path: Path) -> None:
+    temporary = f".x.{uuid.uuid4().hex}.tmp"
+    swept = (".", "embeddings", "index/a", "merged", "metadata/a/b", "quarantine")
+    for name in (*swept, "mine", "export/npy"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / temporary).touch()
+    sweep(str(tmp_path))
+    left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(temporary)}
+    assert left == {"mine", "export/npy"}
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What reaches the disk, in its order: "sync NAME" and "rename NAME"."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def sync(handle: int) -> None:
+        done.append(f"sync {re.sub('[0-9a-f]{32}', '*', os.path.basename(os.readlink(f'/proc/self/fd/{handle}')))}")
+        fsync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(f"rename {os.path.basename(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
+    return done
+
+
+def test_content_reaches_the_disk_before_the_name(tmp_path: Path, synced: list[str]) -> None:
+    """A power cut may come at any time: a name must never stand for content that is not there yet."""
+    Folder(str(tmp_path)).write_text("a/b/0.idx", "x")
+    assert synced == [
+        *(f"sync {name}" for name in ("a", tmp_path.name)),  # the folders that were made
+        *("sync .0.idx.*.tmp", "rename 0.idx", "sync b"),
+    ]
+
+
+def test_a_folder_reaches_the_disk_with_all_its_files(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "new/sub").mkdir(parents=True)
+    (tmp_path / "new/sub/file").write_text("x")
+    publish(tmp_path / "new", tmp_path / "old")
+    assert synced == ["sync new", "sync sub", "sync file", "rename old", f"sync {tmp_path.name}"]
+
+
+def test_a_disk_that_does_not_take_it_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path))
+    folder.write_text("0.idx", "old")
+
+    def fails(handle: int) -> None:
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="lost"):
+        folder.write_text("0.idx", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def only_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "no folders")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    Folder(str(tmp_path)).write_text("a/0.idx", "new")
+    assert (tmp_path / "a/0.idx").read_text() == "new"
 
 
 def test_a_linked_file_is_listed_with_the_time_of_the_file(tmp_path: Path) -> None:
