@@ -130,7 +130,8 @@ def _run(
     if not work.anything and not has_server():
         spent = Spent(time.monotonic() - work.started)
         finish_dataset(work.plan, work.fingerprint)
-        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0)
+        checkpoint = checkpoint_of(work.embedder)
+        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0, checkpoint=checkpoint)
         write_manifest(manifest)
         progress.found(work.plan)
         _show_in_a_page(manifest, progress)
@@ -273,7 +274,8 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     cached = len(work.plan.embedded)
     spent = Spent(time.monotonic() - work.started, first)
     again = finish_with(config, work)
-    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again)
+    checkpoint = checkpoint_of(work.embedder)
+    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again, checkpoint)
     try:
         finish_dataset(plan, work.fingerprint)
         write_manifest(manifest)
@@ -287,6 +289,12 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     if manifest.shards_failed:
         raise RunFailed(manifest)
     return manifest
+
+
+def checkpoint_of(embedder: ImageEmbedder) -> str | None:
+    """The weights file that an embedder was given; None for one that has none."""
+    checkpoint = getattr(embedder, "checkpoint", None)
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) -> None:

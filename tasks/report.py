@@ -16,6 +16,7 @@ from tasks.checks import check_vectors
 from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
 from tasks.metadata import MISMATCH_WARNED
+from tasks.places import as_stored, find_places
 from tasks.plan import Plan
 from tasks.shards import UNMATCHED
 from tasks.storage import Folder
@@ -48,6 +49,8 @@ class Manifest(BaseModel):
     output: str
     metadata: str = Field("", description="The folder with the merged dataset.")
     dataset: str = ""
+    checkpoint: str = Field("", description="The weights file that the run was given.")
+    id_col: str = Field("", description="The id's column in the metadata.")
     quarantined_by_reason: dict[str, int] = {}
     rows: int = Field(0, description="Rows of the merged metadata.")
     rows_without_embedding: int = 0
@@ -71,12 +74,14 @@ def account(
     spent: Spent,
     fresh: int,
     finish_with: str = "",
+    checkpoint: str | None = None,
 ) -> Manifest:
     """The manifest of a plan read after the work.
 
     :param cached: shards that were done before.
     :param fresh: samples embedded or quarantined by this run.
     :param finish_with: the call that does what failed.
+    :param checkpoint: the weights file that the embedder was given.
     """
     records, merges = list(plan.embedded.values()), list(plan.merged.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
@@ -95,6 +100,8 @@ def account(
         output=plan.shards[0].output,
         metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
         dataset=plan.shards[0].dataset,
+        checkpoint=checkpoint or "",
+        id_col=plan.options.id_col,
         quarantined_by_reason=dict(sorted(reasons.items())),
         rows=sum(record.rows for record in merges),
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
@@ -146,22 +153,26 @@ def _mismatch(plan: Plan) -> list[str]:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write manifest.json into the output, whole or not at all."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    Folder(manifest.output).write_text(MANIFEST, text)
+    """Write manifest.json into the output, whole or not at all; see `tasks.places` for the places in it."""
+    places = {name: getattr(manifest, name) for name in ("dataset", "metadata", "checkpoint")}
+    stored = manifest.model_dump(mode="json") | as_stored(manifest.output, places)
+    Folder(manifest.output).write_text(MANIFEST, json.dumps(stored, indent=2) + "\n")
 
 
-def read_manifest(output: str) -> Manifest:
-    """The account in an output.
+def read_manifest(output: str, dataset: str | None = None) -> Manifest:
+    """The account in an output, with the places where things are now.
 
+    :param dataset: where the dataset is, if it is not where the manifest says.
     :raises InputError: there is none, or it is not readable.
     """
     text = Folder(output).read_text(MANIFEST)
     if text is None:
         raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
     try:
-        return Manifest(**json.loads(text))
-    except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+        stored = json.loads(text)
+        places = find_places(output, stored, dataset)
+        return Manifest(**stored | vars(places) | {"output": output})
+    except (ValueError, TypeError, AttributeError) as error:  # pydantic's are ValueErrors
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
 
 
