@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
 from flows.cli import one_line
+from tasks.counted import counted
 from tasks.export import WRITERS, Dtype, Exported, whole_folder
 from tasks.storage import Folder, writing
 
@@ -65,7 +66,7 @@ def export(
     made_of = {"format": format, "from": made.folder.url, **options[format]}
     with writing(target.url, "give another --to"), whole_folder(target, made_of) as folder:
         rows = WRITERS[format](made, folder, **options[format])
-    print(f"{rows:,} of {made.rows:,} rows have a vector and are in {target.url}", file=sys.stderr)
+    print(f"{target.url}: {rows:,} of {counted(made.rows, 'row')}, those that have a vector", file=sys.stderr)
     return target.url
 
 

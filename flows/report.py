@@ -6,7 +6,7 @@ import contextlib
 import html
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError
 from embedders.errors import InputError
 from flows.cli import one_line
 from tasks.checks import measure_vectors
+from tasks.counted import counted
 from tasks.report import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.sample import Pictures, Sampled, sample_vectors
 from tasks.shards import EmbeddingRecord, embedding_record, read_footers
@@ -69,7 +70,7 @@ def write_report(
     parts = [_facts(manifest, sampled), _throughput(folder)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]
-    parts.append(_quarantine(folder, pictures))
+    parts.append(_quarantine(folder, pictures, manifest.left_out))
     if pictures and pictures.missing:
         parts.insert(1, f"<p class=wrong>{_text(pictures.missing[0].upper() + pictures.missing[1:])}</p>")
         note(f"warning: {pictures.missing}")
@@ -89,10 +90,11 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
         "quarantined": reasons or "none",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
-        "rows": f"{manifest.rows:,}; {manifest.rows_without_embedding:,} without an embedding",
-        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
+        "rows": rows_said(manifest),
+        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
         "dimensions": manifest.dimensions,
         **manifest.embedder,
+        **({"precision": manifest.computed} if manifest.computed else {}),
         "decoded by": manifest.decoders,
         "versions": manifest.versions,
     }
@@ -101,6 +103,11 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
+
+
+def rows_said(manifest: Manifest) -> str:
+    """How many rows the dataset has, and how many rows of the metadata have no vector."""
+    return f"{manifest.rows:,} in the dataset; {manifest.rows_without_embedding:,} of the metadata without an embedding"
 
 
 def _text(value: Any) -> str:
@@ -160,7 +167,9 @@ def _spread(sampled: Sampled) -> str:
     deviations = np.sort(sampled.vectors.std(axis=0))[::-1]
     norm_plot = [{"type": "histogram", "x": norms.round(5).tolist(), "nbinsx": 50}]
     dead = int((deviations < 1e-6 * max(float(norms.max()), 1e-30)).sum())
-    text = f"<p>{len(norms):,} sampled vectors; {dead} of {len(deviations)} dimensions are constant.</p>"
+    text = (
+        f"<p>{counted(len(norms), 'sampled vector')}; constant: {dead} of {counted(len(deviations), 'dimension')}.</p>"
+    )
     spread_plot = [{"type": "scatter", "mode": "lines", "y": deviations.astype(float).round(6).tolist()}]
     return (
         f"<h2>Norms and spread</h2>{text}"
@@ -239,8 +248,8 @@ def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
     return found
 
 
-def _quarantine(folder: Folder, pictures: Pictures | None) -> str:
-    rows = read_quarantine(folder, QUARANTINED)
+def _quarantine(folder: Folder, pictures: Pictures | None, left_out: Collection[str]) -> str:
+    rows = read_quarantine(folder, QUARANTINED, left_out)
     if not rows:
         return ""
     urls = pictures.of([(row["shard"], row["id"]) for row in rows], 96) if pictures else {}

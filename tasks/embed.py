@@ -25,6 +25,7 @@ from embedders.errors import MalformedShard
 from embedders.webdataset import OpenShard, map_tar
 from tasks.aside import aside
 from tasks.checks import measure_vectors
+from tasks.counted import counted
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import describe_local
 from tasks.shards import (
@@ -203,7 +204,8 @@ class _GroupRun:
                 check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
                 stages = {"read": self._read.pop(shard.name), **embedded.waited, "write": self._wrote}
                 began = time.monotonic()
-                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages)
+                computed = computed_in(self.decoding, self.limit.device)
+                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages, computed)
                 self._wrote = time.monotonic() - began  # the next shard's record tells it: a file cannot tell its own
                 self.fresh.append(record)
                 self._note(shard, record)
@@ -242,10 +244,12 @@ def write_embeddings(
     embedder: ImageEmbedder,
     fingerprint: str,
     stages: Mapping[str, float] | None = None,
+    computed: str = "",
 ) -> EmbeddingRecord:
     """Write a shard's quarantine and then, as the record that it is done, its embeddings.
 
     :param stages: the seconds that stages took, for the record.
+    :param computed: the precision and the device of the model, for the record.
     :raises MalformedShard: the account does not balance; nothing is written then.
     """
     record = EmbeddingRecord(
@@ -261,9 +265,11 @@ def write_embeddings(
         work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)}
         | {stage: round(seconds, 3) for stage, seconds in (stages or {}).items()},
         worker=f"{platform.node()}:{os.getpid()}",
+        computed=computed,
     )
     if not record.balanced:
-        raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")
+        samples = counted(record.samples, "sample")
+        raise MalformedShard(f"{shard.tar}: {samples}, but {record.embedded} + {record.quarantined}")
     if embedded.quarantined:
         table = quarantine_table(embedded.quarantined)
         shard.target.write(shard.quarantine_file, lambda path: write_quarantine(table, path))
@@ -274,6 +280,13 @@ def write_embeddings(
     table = table.cast(with_record(table.schema, record))
     shard.target.write(shard.embeddings_file, lambda path: write_vectors(table, path, column))
     return record
+
+
+def computed_in(embedder: ImageEmbedder, device: str) -> str:
+    """Return what a record says of a model's precision and device: "float16 on a GPU", "float32 on a CPU", "a CPU"."""
+    on = "a GPU" if device.startswith("cuda") else "a CPU"
+    precision = embedder.precision_on(device)
+    return f"{precision} on {on}" if precision else on
 
 
 def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:
@@ -312,8 +325,8 @@ def embed_shards(
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
     seconds, images = time.monotonic() - started, sum(record.samples for record in run.fresh)
-    bad = sum(sum(record.quarantined.values()) for record in run.fresh)
+    bad, rate = sum(sum(record.quarantined.values()) for record in run.fresh), images / seconds
     get_run_logger().info(
-        "%s: %d images in %.1f s, %.1f images/s, %d quarantined", span, images, seconds, images / seconds, bad
+        "%s: %s in %.1f s, %.1f images/s, %d quarantined", span, counted(images, "image"), seconds, rate, bad
     )
     return run.records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from embedders.errors import InputError
 from tasks.checks import check_vectors
+from tasks.counted import counted
 from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
 from tasks.metadata import MISMATCH_WARNED
@@ -26,10 +27,14 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds from the start of a run to its end, and to its first group of shards; 0 where there was none."""
+    """Seconds from the start of a run to its end, to its first group of shards, and that shards were in work.
+
+    The last two are 0 where there was no shard to embed.
+    """
 
     total: float
     first: float = 0.0
+    working: float = 0.0
 
 
 class Manifest(BaseModel):
@@ -41,7 +46,13 @@ class Manifest(BaseModel):
     shards: int
     shards_cached: int = Field(description="Shards that were done before this run.")
     shards_failed: int
-    images_per_second: float = Field(description="Samples of this run by its whole time.")
+    left_out: list[str] = Field(
+        [],
+        description="Shards that no count is of, since they failed or are gone; the output may have their old files.",
+    )
+    images_per_second: float = Field(
+        description="Samples of this run by the time from the first shard's begin to the last one's end."
+    )
     seconds: float
     seconds_to_first: float = Field(0.0, description="From the start to the first finished group of shards.")
     dimensions: int
@@ -62,6 +73,7 @@ class Manifest(BaseModel):
     finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
     decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
+    computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
     versions: dict[str, str] = {}
     wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
 
@@ -92,7 +104,8 @@ def account(
         shards=len(plan.shards),
         shards_cached=cached,
         shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
-        images_per_second=round(fresh / spent.total, 1),
+        left_out=sorted({*(shard.name for shard in plan.to_embed), *plan.gone}),
+        images_per_second=round(fresh / (spent.working or spent.total), 1),
         seconds=round(spent.total, 2),
         seconds_to_first=round(spent.first, 2),
         dimensions=max((record.dimensions for record in records), default=0),
@@ -113,6 +126,7 @@ def account(
         finish_with=finish_with if failures else "",
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
+        computed=dict(Counter(record.computed for record in records if record.computed)),
         versions=records[0].versions if records else {},
         wrong=check_vectors(plan.embedded, embedder),
     )
@@ -128,7 +142,8 @@ def _gone(plan: Plan) -> list[str]:
         return []
     examples = ", ".join(plan.gone[:3])
     stay = "their rows stay in the output until their files are deleted"
-    return [f"{len(plan.gone):,} shards of the output are no longer in the dataset, such as {examples}; {stay}"]
+    gone = counted(len(plan.gone), "shard")
+    return [f"{gone} of the output no longer in the dataset, such as {examples}; {stay}"]
 
 
 def _mismatch(plan: Plan) -> list[str]:
@@ -176,15 +191,18 @@ def read_manifest(output: str, dataset: str | None = None) -> Manifest:
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
 
 
-def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:
-    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left."""
+def read_quarantine(output: Folder, limit: int = 20, left_out: Collection[str] = ()) -> list[dict[str, str]]:
+    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left.
+
+    :param left_out: shards whose rows are an earlier run's; see `Manifest`.
+    """
     rows: list[dict[str, str]] = []
     folder = Folder(f"{output.url.rstrip('/')}/quarantine")
     for found in folder.list(".parquet"):
-        if found.name.endswith(UNMATCHED):
+        shard = found.name.removesuffix(".parquet")
+        if found.name.endswith(UNMATCHED) or shard in left_out:
             continue
         with folder.open(found.name) as file:
-            shard = found.name.removesuffix(".parquet")
             # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
             # and abort the process.
             rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]

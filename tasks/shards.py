@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -115,6 +115,8 @@ class EmbeddingRecord:
     waited for the decoder and for the model, and the file before it was written."""
     worker: str = ""
     """The machine and the process that did it."""
+    computed: str = ""
+    """The model's precision and device, such as "float32 on a CPU": the embedder's fingerprint has the policy only."""
 
     @property
     def version(self) -> str:
@@ -145,6 +147,14 @@ class MergeRecord:
     rows_repeated: int = 0
     unmatched: int = 0
     examples: list[str] = field(default_factory=list)
+
+
+def seconds_in_work(records: Iterable[EmbeddingRecord]) -> float:
+    """The seconds from the first begin of some shards to their last end; 0 for none."""
+    works = [record.work for record in records if record.work]
+    if not works:
+        return 0.0
+    return max(max(work["ended"] for work in works) - min(work["began"] for work in works), 0.01)
 
 
 def find_shards(dataset: str, output: str) -> list[Shard]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.cli import app
-from flows.config import GROUPS, EmbedConfig
+from flows.config import GROUPS, SWITCHED_OFF, EmbedConfig
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,17 @@ def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None
     asked = EmbedConfig.of(bound.arguments["dataset"], bound.arguments["output"], *groups)
     assert asked == config
     assert EmbedConfig.of(config.dataset, config.output, *config.groups().values()) == config
+
+
+@pytest.mark.parametrize("name", [name for name in EmbedConfig.model_fields if name not in {"dataset", "output"}])
+def test_a_default_that_is_said_is_the_default(name: str) -> None:
+    unsaid = EmbedConfig(dataset="/data", output="/out")
+    said = EmbedConfig(dataset="/data", output="/out", **{name: EmbedConfig.model_fields[name].default})
+    assert said.merge_options() == unsaid.merge_options()
+    assert said.strict_ids == unsaid.strict_ids
+    assert said.command() == unsaid.command()
+
+
+def test_every_switch_that_is_on_has_words_for_being_put_off() -> None:
+    on = [name for name, field in EmbedConfig.model_fields.items() if field.default is True]
+    assert sorted(SWITCHED_OFF) == sorted(f"--no-{name.replace('_', '-')}" for name in on)

@@ -165,7 +165,7 @@ def test_an_export_to_a_store(
     monkeypatch.chdir(tmp_path)
     to = f"s3://bucket/exports/{kind}"
     assert export([str(crawl / "out"), "--format", kind, "--to", to]) == 0
-    assert capsys.readouterr().err == f"16 of 16 rows have a vector and are in {to}\n"
+    assert capsys.readouterr().err == f"{to}: 16 of 16 rows, those that have a vector\n"
     assert export([str(crawl / "out"), "--format", kind, "--to", str(tmp_path / "here")]) == 0
     written = {named(path.removeprefix(f"bucket/exports/{kind}/")) for path in bucket.find(f"bucket/exports/{kind}")}
     files = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
@@ -206,7 +206,7 @@ def test_an_output_in_a_store_keeps_its_scheme(
     assert report([out]) == 0
     assert capsys.readouterr().out == f"{out}/report.html\n"
     assert export([out, "--format", "npy"]) == 0
-    assert f"are in {out}/export/npy\n" in capsys.readouterr().err
+    assert f"{out}/export/npy: 16 of 16 rows" in capsys.readouterr().err
     assert len(bucket.find("bucket/crawl/out/export/npy")) == 3
 
 
