@@ -36,6 +36,7 @@ from tasks.shards import (
     embedding_key,
     intact,
     read_embedding_record,
+    seconds_in_work,
     with_record,
 )
 from tasks.staging import SPACE, Stage
@@ -320,11 +321,10 @@ def embed_shards(
     shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
 ) -> list[EmbeddingRecord] | State[list[EmbeddingRecord]]:
     """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
-    started = time.monotonic()
     run = _run_group(shards, embedder, options)
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
-    seconds, images = time.monotonic() - started, sum(record.samples for record in run.fresh)
+    seconds, images = seconds_in_work(run.fresh), sum(record.samples for record in run.fresh)
     bad, rate = sum(sum(record.quarantined.values()) for record in run.fresh), images / seconds
     get_run_logger().info(
         "%s: %s in %.1f s, %.1f images/s, %d quarantined", span, counted(images, "image"), seconds, rate, bad

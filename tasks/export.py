@@ -127,7 +127,7 @@ def _dataset_folder(output: str, dataset: str | None) -> str:
     :raises InputError: it was, and the tars are not where they were.
     """
     text = Folder(output).read_text(MANIFEST)
-    stored = {}
+    stored: Any = {}
     with contextlib.suppress(ValueError):
         stored = json.loads(text) if text else {}
     places = find_places(output, stored if isinstance(stored, dict) else {}, dataset)

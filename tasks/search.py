@@ -88,7 +88,7 @@ def read_rows(folders: Sequence[Folder], found: Sequence[Found], id_col: str) ->
     wanted: dict[str, list[str]] = defaultdict(list)
     for one in found:
         wanted[one.shard].append(one.id)
-    rows = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for shard, ids in wanted.items():
         folder = next((folder for folder in folders if folder.has(f"{shard}.parquet")), None)
         if folder is not None:
