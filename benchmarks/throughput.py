@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from tasks.counted import counted
+
 if TYPE_CHECKING:
     from embedders.timm import TimmImageEmbedder
 
@@ -97,7 +99,8 @@ def make_shards(folder: Path, shards: int, samples: int, photographs: str | None
         np.save(stored, np.array(crops, dtype=object), allow_pickle=True)
         list(pool.map(_write_shard, [folder] * len(missing), missing, [samples] * len(missing)))
         stored.unlink()
-    print(f"{shards} shards of {samples}, {np.mean([len(c) for c in crops]) / 1000:.0f} kB an image", file=sys.stderr)
+    size = np.mean([len(c) for c in crops]) / 1000
+    print(f"{counted(shards, 'shard')} of {samples}, {size:.0f} kB per image", file=sys.stderr)
 
 
 def load_photographs(folder: str | None) -> list[Image.Image]:
@@ -673,7 +676,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         if temporary:
             shutil.rmtree(temporary)
-    print(f"\n{setting.model}, {setting.shards} shards of {setting.samples}\n\n{table(results)}")
+    print(f"\n{setting.model}, {counted(setting.shards, 'shard')} of {setting.samples}\n\n{table(results)}")
     if args.json:
         whole = {"setting": asdict(setting), "machine": run_alone(machine, setting.device), "results": results}
         Path(args.json).write_text(json.dumps(whole, indent=2) + "\n")

@@ -119,6 +119,10 @@ class ImageEmbedder(ABC):
         """What decoded the images, as the records of shards say it; empty where that is the embedder's own affair."""
         return ""
 
+    def precision_on(self, device: str) -> str:
+        """What the model computes in on a device, such as "float32"; empty where that is the embedder's own affair."""
+        return ""
+
     def accepts(self, decoder: str) -> bool:
         """Whether a shard that `decoder` decoded counts as done for this embedder."""
         return True

@@ -365,6 +365,12 @@ class TimmImageEmbedder(ImageEmbedder):
             return getattr(torch, self.precision)
         return torch.float16 if self.autocast and device.startswith("cuda") else torch.float32
 
+    def precision_on(self, device: str) -> str:
+        """What the model computes in on a device, such as "float32"."""
+        if self.precision is Precision.FLOAT8:
+            return str(self.precision)
+        return str(self._dtype(device)).removeprefix("torch.")
+
     def _input_dtype(self, device: str) -> torch.dtype:
         """What the loader gives: half of the bytes where the model halves them anyway; DALI has no bfloat16."""
         import torch

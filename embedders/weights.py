@@ -160,6 +160,32 @@ def _hub_said_nothing() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def cached_hub() -> Iterator[None]:
+    """Let the hub's client answer from this machine's cache only: what is not there fails at once."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True  # asked at every request
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def is_of_hub(model_name: str) -> bool:
+    """Whether a model's own weights lie in a hub; the hub is not asked.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    from timm.models._builder import _resolve_pretrained_source
+
+    if model_name.startswith(("hf-hub:", "hf_hub:")):
+        return True
+    return bool(_resolve_pretrained_source(_configuration(model_name)[1])[0] == "hf-hub")
+
+
 def _url_identity(url: str) -> str:
     from timm.models._hub import download_cached_file
 

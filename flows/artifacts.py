@@ -25,7 +25,8 @@ from prefect.artifacts import (
 )
 
 from flows.progress import Pace
-from flows.report import REPORT
+from flows.report import REPORT, rows_said
+from tasks.counted import counted
 from tasks.plan import Plan
 from tasks.report import MANIFEST, Manifest, read_quarantine
 from tasks.sample import Pictures, sample_vectors
@@ -90,7 +91,7 @@ class ProgressArtifact:
         pace = self.pace
         about = max(pace.images_in_all, pace.images)
         return (
-            f"{pace.images:,} of about {about:,} images, {pace.shards:,} of {pace.shards_in_all:,} shards; "
+            f"{pace.images:,} of about {about:,} images, {pace.shards:,} of {counted(pace.shards_in_all, 'shard')}; "
             f"{pace.now:,.1f} images/s now, {pace.average:,.1f} on average; {pace.left}; {pace.bad}"
         )
 
@@ -128,9 +129,9 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
         "quarantined": reasons or "none",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} of them done before, "
         f"{manifest.shards_failed:,} failed",
-        "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
-        "vectors": f"{manifest.dimensions} dimensions, decoded: {manifest.decoders}",
-        "rows": f"{manifest.rows:,}, {manifest.rows_without_embedding:,} of them without an embedding",
+        "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
+        "vectors": f"{counted(manifest.dimensions, 'dimension')}, decoded: {manifest.decoders}",
+        "rows": rows_said(manifest),
         "dataset made": f"`{manifest.metadata}/*.parquet`",
         "account": f"`{manifest.output}/{MANIFEST}`",
     }
@@ -154,14 +155,15 @@ def _shards(manifest: Manifest, plan: Plan) -> None:
         bad = sum(record.quarantined.values())
         rows.append([name, "embedded", record.samples, bad, rate, record.decoder, record.worker])
     header = ["shard", "state", "samples", "quarantined", "images/s while in work", "decoder", "worker or reason"]
-    told = f"{min(len(rows), SHARDS_SHOWN):,} of {manifest.shards:,} shards"
+    told = f"{min(len(rows), SHARDS_SHOWN):,} of {counted(manifest.shards, 'shard')}"
     key = artifact_key("shards", manifest.dataset)
     create_table_artifact([dict(zip(header, row, strict=True)) for row in rows[:SHARDS_SHOWN]], key, told)
 
 
 def _quarantine(manifest: Manifest, plan: Plan) -> None:
-    rows = read_quarantine(Folder(manifest.output), QUARANTINED_SHOWN)
-    told = f"{len(rows):,} of {manifest.quarantined:,} quarantined images; all are in {manifest.output}/quarantine"
+    rows = read_quarantine(Folder(manifest.output), QUARANTINED_SHOWN, manifest.left_out)
+    of = counted(manifest.quarantined, "quarantined image")
+    told = f"{len(rows):,} of {of}; all are in {manifest.output}/quarantine"
     create_table_artifact(
         [{name: _cell(value) for name, value in row.items()} for row in rows],
         artifact_key("quarantine", manifest.dataset),
@@ -173,7 +175,7 @@ def _pictures(manifest: Manifest, plan: Plan) -> None:
     """One picture: a sample of what was embedded, and below it of what was quarantined and can still be shown."""
     output = Folder(manifest.output)
     embedded = sample_vectors(output, EMBEDDED_PICTURES, np.random.default_rng(0)).places
-    bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES)]
+    bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES, manifest.left_out)]
     component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
     pictures = Pictures(manifest.dataset, manifest.output, component, limit)
     shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
@@ -207,8 +209,9 @@ def contact_sheet(groups: dict[str, list[str]]) -> str | None:
 
 
 def _link(manifest: Manifest, plan: Plan) -> None:
-    place = f"{manifest.output.rstrip('/')}/{REPORT}"
-    link = f"file://{place}" if Folder(manifest.output).is_local else place
+    output = Folder(manifest.output)
+    place = output.place(REPORT)
+    link = f"file://{output.path(REPORT)}" if output.is_local else place
     told = "The page that shows the vectors, their neighbours and what was quarantined; it opens from disk."
     create_link_artifact(link, link_text=REPORT, key=artifact_key("report", manifest.dataset), description=told)
 

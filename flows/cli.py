@@ -11,19 +11,23 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.help import HelpPanel, PlainFormatter
-from pydantic import ValidationError
+from cyclopts.help import HelpEntry, HelpPanel, PlainFormatter
+from pydantic import ByteSize, ValidationError
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
 from embedders.errors import InputError
-from flows.config import EmbedConfig, ImageOptions, ModelOptions, RunOptions, TableOptions
+from flows.config import SWITCHED_OFF, EmbedConfig, ImageOptions, ModelOptions, RunOptions, TableOptions
 from flows.interrupt import Terminated, ending_in_time
+from tasks.counted import counted
+
+if TYPE_CHECKING:
+    from tasks.report import Manifest
 
 QUARANTINE_SHOWN = 20
 
@@ -68,15 +72,27 @@ class Compact(PlainFormatter):
         for entry in panel.entries:
             names = entry.positive_names or entry.positive_shorts
             if self.shown is None or self.shown & {*names, *entry.negative_names}:
-                # A switch that is on is only of use to be put off.
-                name = entry.negative_names[-1] if entry.default == "True" else entry.positional_label or names[-1]
+                if entry.default == "True":  # such a switch is only of use to be put off
+                    table.add_row(f"  {entry.negative_names[-1]}", SWITCHED_OFF[entry.negative_names[-1]])
+                    continue
                 value = "" if entry.choices or entry.positional_label else entry.metavar or ""
-                label = f"{name} {value}".rstrip()
-                if entry.choices:
-                    entry.description.append(Text(f"({', '.join(entry.choices)})"))
-                table.add_row(f"  {label}", entry.description)
+                if said := _choices(entry):
+                    entry.description.append(Text(f"({said})"))
+                table.add_row(f"  {entry.positional_label or names[-1]} {value}".rstrip(), entry.description)
         if table.row_count:
             console.print(f"{panel.title}:", table, sep="\n", markup=False, highlight=False)
+
+
+def _choices(entry: HelpEntry) -> str:
+    """What an option may be, and what it is by default."""
+    default, choices = entry.default, ", ".join(entry.choices or ())
+    if default in {None, "False", '""'} or entry.positional_label:
+        return choices
+    if entry.metavar == "BYTESIZE":
+        default = ByteSize(default).human_readable()
+    elif default.isdecimal():
+        default = f"{int(default):,}"
+    return f"{choices}; default: {default}" if choices not in {"", default} else f"default: {default}"
 
 
 ABOUT: dict[str, Any] = {
@@ -139,7 +155,8 @@ def embed_command(
     for shard, why in manifest.failures.items():
         print(f"failed: {shard}: {why}", file=sys.stderr)
     if manifest.failures:
-        print(f"{manifest.shards_failed} shards failed; this does only those: {manifest.finish_with}", file=sys.stderr)
+        failed = counted(manifest.shards_failed, "shard")
+        print(f"{failed} failed; this does only what failed: {manifest.finish_with}", file=sys.stderr)
     for what in manifest.wrong:
         print(f"warning: the vectors look wrong: {what}", file=sys.stderr)
     if manifest.over_limit:
@@ -158,7 +175,7 @@ def _hush() -> None:
         handler.setLevel(logging.CRITICAL)
 
 
-def _tell(manifest: Any) -> None:
+def _tell(manifest: Manifest) -> None:
     """The account, for a person."""
     from tasks.report import read_quarantine
     from tasks.storage import Folder
@@ -166,27 +183,40 @@ def _tell(manifest: Any) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.quarantined_by_reason.items())
     console.print(
-        f"{manifest.samples} samples = {manifest.embedded} embedded + {manifest.quarantined} quarantined"
+        f"{counted(manifest.samples, 'sample')} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined"
         + (f" ({reasons})" if reasons else "")
     )
-    for row in read_quarantine(Folder(manifest.output), QUARANTINE_SHOWN):
+    for row in read_quarantine(Folder(manifest.output), QUARANTINE_SHOWN, manifest.left_out):
         console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
     if manifest.ignored:
         examples = ", ".join(manifest.ignored_examples)
         console.print(f"{manifest.ignored} members of the tars are part of no sample, such as {examples}")
     if manifest.rows_without_embedding or manifest.embeddings_without_row:
         console.print(
-            f"{manifest.rows_without_embedding} metadata rows have no embedding, "
-            f"{manifest.embeddings_without_row} embeddings have no metadata row"
+            f"metadata rows without an embedding: {manifest.rows_without_embedding:,}; "
+            f"embeddings without a metadata row: {manifest.embeddings_without_row:,}"
         )
     console.print(
-        f"{manifest.shards} shards, {manifest.shards_cached} of them done before; "
-        f"{manifest.dimensions} dimensions; {manifest.seconds:.1f} s"
+        f"{counted(manifest.shards, 'shard')}, {manifest.shards_cached:,} done before; "
+        f"{counted(manifest.dimensions, 'dimension')}; {manifest.seconds:.1f} s"
     )
-    console.print(f"dataset:    {manifest.metadata}/*.parquet")
-    console.print(f"quarantine: {manifest.output}/quarantine/*.parquet")
-    console.print(f"account:    {manifest.output}/manifest.json")
-    console.print(f"report:     {manifest.output}/report.html")
+    for name, place in _written(manifest):
+        console.print(f"{name + ':':11} {place}")
+
+
+def _written(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What the output holds, and where: nothing is named that is not there."""
+    from tasks.report import MANIFEST
+    from tasks.storage import Folder
+
+    output = Folder(manifest.output)
+    if manifest.rows:
+        yield "dataset", f"{manifest.metadata.rstrip('/')}/*.parquet"
+    if Folder(output.place("quarantine")).list(".parquet"):
+        yield "quarantine", output.place("quarantine/*.parquet")
+    for name, file in (("account", MANIFEST), ("report", "report.html")):
+        if output.has(file):
+            yield name, output.place(file)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -217,6 +247,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, ValidationError):
         first = cause.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
+        if first["type"].startswith("byte_size"):
+            return f"{option}: give a size such as 20GB or 500MiB, not {first['input']!r}"
         wrong = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in cause.errors()))
         return f"{option}: give {wrong}, not {first['input']!r}"
     return " ".join(str(error).split())

@@ -91,6 +91,10 @@ class TableOptions(_Options):
     max_quarantined: str | None = Field(
         None, description="Share of samples that may be quarantined, such as 5%; beyond it the run fails."
     )
+    repeated_ids: Literal["raise", "quarantine"] = Field(
+        "raise",
+        description="Metadata rows that repeat an id: refuse them, or join the first and list the others.",
+    )
     embedding_type: Literal["list", "fixed_size_list"] = Field(
         "list", description="Arrow type of the new column; dask-cudf refuses a fixed-size list."
     )
@@ -137,6 +141,14 @@ class RunOptions(_Options):
     )
 
 
+SWITCHED_OFF = {
+    "--no-pretrained": "Random weights from a fixed seed, instead of trained ones.",
+    "--no-normalize-embeddings": "Leave each vector as the model gives it, instead of scaling it to length 1.",
+    "--no-autocast": "float32 weights and arithmetic on a GPU, instead of float16.",
+    "--no-use-index-files": "Keep no indexes of the shards in the output, and use none.",
+}
+"""What the command line says of switches that are on: a form shows the field, the command line its opposite."""
+
 GROUPS: dict[str, type[_Options]] = {
     "model": ModelOptions,
     "images": ImageOptions,
@@ -171,10 +183,7 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
         words = ["python", "-m", "flows.embed", self.dataset, "--output", self.output]
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), name.replace("_", "-")
-            told = (
-                name == "on_error" and name in self.model_fields_set
-            )  # said or not makes a difference to repeated ids
-            if name in {"dataset", "output"} or (value == field.default and not told):
+            if name in {"dataset", "output"} or value == field.default:
                 continue
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
@@ -184,8 +193,8 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
 
     @property
     def strict_ids(self) -> bool:
-        """Whether a repeated id in the metadata is an error: unless --on-error says what becomes of such a row."""
-        return self.on_error is OnError.RAISE or "on_error" not in self.model_fields_set
+        """Whether a repeated id in the metadata is an error."""
+        return self.repeated_ids == "raise" or self.on_error is OnError.RAISE
 
     @property
     def quarantine_limit(self) -> float | None:

@@ -114,6 +114,7 @@ class ImageTextPairDataset:
             work,
             self.embedders[0],
             id_col=self.id_col,
+            repeated_ids="quarantine",
             on_error="null",  # these files take the place of the user's own: no row may go
             in_place=path is None,
             device=_client.device,

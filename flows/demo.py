@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from cyclopts import App, CycloptsError
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +44,16 @@ def show_neighbours(console: Console) -> None:
     console.print(table)
 
 
-def main() -> int:
+app = App(
+    name="python -m flows.demo",
+    help="Embed 256 photographs that are made here, in demo-data, into demo-out, and show what is alike.",
+    help_format="plaintext",
+    version_flags=[],
+)
+
+
+@app.default
+def demo() -> int:
     """Build the dataset, embed it with the command line's own code, and show neighbours."""
     from flows.cli import main as embed
 
@@ -54,9 +65,15 @@ def main() -> int:
     return status
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; its exit status: 2 where the call or its input is wrong."""
     try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ from flows.report import REPORT, write_report
 from flows.server import LocalServer, has_server, prefect_server, shared, started_early
 from flows.work import Course, HandedOver, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from tasks.cluster import OwnCluster, choose_device, choose_workers, own_cluster, task_runner
+from tasks.counted import counted
 from tasks.dataset import common_schema, finish_dataset, missing_parts, part_groups, write_parts
 from tasks.embed import EmbedOptions, embed_shards
 from tasks.failures import ShardFailure, ShardsFailed
@@ -34,7 +35,7 @@ from tasks.merge import merge_shards
 from tasks.plan import Plan, group_shards, make_plan
 from tasks.report import MANIFEST, Manifest, Spent, account, write_manifest
 from tasks.run_lock import only_run
-from tasks.shards import Shard, intact, sweep
+from tasks.shards import Shard, intact, seconds_in_work, sweep
 from tasks.storage import Folder
 
 ALONE_IN_VAIN = 8
@@ -50,8 +51,8 @@ class RunFailed(Exception):
     def __init__(self, manifest: Manifest) -> None:
         named = [f"{shard}: {why}" for shard, why in manifest.failures.items()]
         told = "; ".join([*named[:3], "…"] if len(named) > 3 else named)
-        failed = f"{manifest.shards_failed} of {manifest.shards} shards failed ({told})"
-        failed += f"; this does them: {manifest.finish_with}"
+        failed = f"{manifest.shards_failed:,} of {counted(manifest.shards, 'shard')} failed ({told})"
+        failed += f"; this does only what failed: {manifest.finish_with}"
         why = [failed] * bool(manifest.shards_failed) + [manifest.over_limit] * bool(manifest.over_limit)
         super().__init__("; ".join(why))
         self.manifest = manifest
@@ -135,8 +136,17 @@ def _run(
     if not work.anything and not has_server():
         spent = Spent(time.monotonic() - work.started)
         finish_dataset(work.plan, work.fingerprint)
-        limit = config.quarantine_limit
-        manifest = account(work.plan, len(work.plan.shards), (), work.fingerprint, spent, 0, max_quarantined=limit)
+        limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedder)
+        manifest = account(
+            work.plan,
+            len(work.plan.shards),
+            (),
+            work.fingerprint,
+            spent,
+            0,
+            max_quarantined=limit,
+            checkpoint=checkpoint,
+        )
         write_manifest(manifest)
         progress.found(work.plan)
         _show_in_a_page(manifest, progress)
@@ -152,7 +162,7 @@ def _run(
     except RunFailed as failed:
         return failed.manifest
     except (KeyboardInterrupt, Terminated) as stop:
-        done = f"{course.embedded} of {len(work.plan.shards)} shards are embedded and stay"
+        done = f"{course.embedded:,} of {counted(len(work.plan.shards), 'shard')} embedded, and kept"
         stop.add_note(f"stopped: {done}; this goes on: {finish_with(config, work)}")
         raise
     except Exception as error:
@@ -251,7 +261,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     progress = Several(progress, ProgressArtifact(config.dataset))
     progress.found(work.plan, work.images)
     if work.plan.embedded:
-        done_before.with_options(task_run_name=f"{len(work.plan.embedded):,} shards done before")(
+        done_before.with_options(task_run_name=f"{counted(len(work.plan.embedded), 'shard')} done before")(
             len(work.plan.embedded)
         )
     workers = work.workers(config)
@@ -276,11 +286,14 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
         failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
-    fresh = sum(r.samples for name, r in plan.embedded.items() if name not in work.plan.embedded)
+    fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
     cached = len(work.plan.embedded)
-    spent = Spent(time.monotonic() - work.started, first)
-    again, limit = finish_with(config, work), config.quarantine_limit
-    manifest = account(plan, cached, list(failures.values()), work.fingerprint, spent, fresh, again, limit)
+    samples = sum(record.samples for record in fresh)
+    spent = Spent(time.monotonic() - work.started, first, seconds_in_work(fresh))
+    again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedder)
+    manifest = account(
+        plan, cached, list(failures.values()), work.fingerprint, spent, samples, again, limit, checkpoint
+    )
     try:
         finish_dataset(plan, work.fingerprint)
         write_manifest(manifest)
@@ -296,6 +309,12 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     return manifest
 
 
+def checkpoint_of(embedder: ImageEmbedder) -> str | None:
+    """The weights file that an embedder was given; None for one that has none."""
+    checkpoint = getattr(embedder, "checkpoint", None)
+    return None if checkpoint is None else str(checkpoint)
+
+
 def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) -> None:
     """Write report.html; that it cannot be made costs no run its status.
 
@@ -303,7 +322,7 @@ def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) 
     """
     try:
         if anew or not Folder(manifest.output).has(REPORT):
-            write_report(manifest.output)
+            write_report(manifest.output, note=progress.note)
     except Exception as error:
         progress.note(f"warning: no {REPORT}: {type(error).__name__}: {error}")
 
@@ -311,7 +330,7 @@ def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) 
 @task(name="done-before", cache_policy=NO_CACHE)
 def done_before(shards: int) -> State[int]:
     """Show the shards that were found done by their key, as one task run."""
-    return Completed(name="Cached", message=f"{shards:,} shards were done before", data=shards)
+    return Completed(name="Cached", message=f"{counted(shards, 'shard')} done before", data=shards)
 
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
 from flows.cli import one_line
+from tasks.counted import counted
 from tasks.export import WRITERS, Dtype, Exported, whole_folder
-from tasks.storage import Folder
+from tasks.storage import Folder, writing
 
 app = App(
     name="python -m flows.export",
@@ -27,11 +27,12 @@ def export(
     output: str,
     *,
     format: Literal["npy", "faiss", "lance"],
-    to: Path | None = None,
+    to: str | None = None,
     dtype: Dtype = "float32",
     rows_per_file: int = 1_000_000,
     index: Literal["auto", "flat", "ivf"] = "auto",
-) -> Path:
+    dataset: str | None = None,
+) -> str:
     """Write a dataset that flows.embed made in the layout of another tool.
 
     Parameters
@@ -42,29 +43,31 @@ def export(
         npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as clip-retrieval and autofaiss have them;
         faiss: vectors.index and ids.parquet; lance: data.lance.
     to
-        The folder to write, OUT/export/FORMAT by default. An earlier export there is replaced when this one is whole.
+        The folder or fsspec URL to write, OUT/export/FORMAT by default. An earlier export there is replaced when this
+        one is whole.
     dtype
         Of the values in npy and lance.
     rows_per_file
         Rows of each pair of files, for npy.
     index
         For faiss: flat is exact and in memory, ivf searches parts and stays on disk; auto is flat up to 4 GiB.
+    dataset
+        The dataset's folder, for one that was embedded in place and is not where it was.
     """
     if rows_per_file < 1:
         raise InputError(f"--rows-per-file: give at least 1, not {rows_per_file}")
-    if to is None and not Folder(output).is_local:
-        raise InputError(f"{output}: not on a local disk; give --to FOLDER")
-    target = (to if to is not None else Path(Folder(output).path(f"export/{format}"))).resolve()
+    target = Folder(to if to is not None else Folder(output).place(f"export/{format}"))
     options: dict[str, dict[str, Any]] = {
         "npy": {"dtype": dtype, "rows_per_file": rows_per_file},
         "faiss": {"kind": index},
         "lance": {"dtype": dtype},
     }
-    dataset = Exported.open(output)
-    with whole_folder(target, {"format": format, "from": dataset.folder.url, **options[format]}) as folder:
-        rows = WRITERS[format](dataset, folder, **options[format])
-    print(f"{rows:,} of {dataset.rows:,} rows have a vector and are in {target}", file=sys.stderr)
-    return target
+    made = Exported.open(output, dataset)
+    made_of = {"format": format, "from": made.folder.url, **options[format]}
+    with writing(target.url, "give another --to"), whole_folder(target, made_of) as folder:
+        rows = WRITERS[format](made, folder, **options[format])
+    print(f"{target.url}: {rows:,} of {counted(made.rows, 'row')}, those that have a vector", file=sys.stderr)
+    return target.url
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tasks.counted import counted
 from tasks.plan import Plan
 from tasks.shards import EmbeddingRecord
 
@@ -106,15 +107,20 @@ class Pace:
     images: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
+    work: dict[str, float] = field(default_factory=dict)
+    """When the first shard was begun and the last one ended: a rate does not include the start of the workers."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
     def count(self, records: Sequence[EmbeddingRecord]) -> None:
         """A group of shards is through."""
-        self._recent.append((time.monotonic(), self.images))
         self.shards += len(records)
         self.images += sum(record.samples for record in records)
         for record in records:
             self.quarantined.update(record.quarantined)
+        self._recent.append((time.monotonic(), self.images))
+        works = [work for work in (self.work, *(record.work for record in records)) if work]
+        if works:
+            self.work = {"began": min(w["began"] for w in works), "ended": max(w["ended"] for w in works)}
         if self.shards >= self.shards_in_all:
             self.images_in_all = self.images
 
@@ -125,17 +131,17 @@ class Pace:
 
     @property
     def average(self) -> float:
-        """Images a second since the work began."""
-        return self.images / max(time.monotonic() - self.started, 1e-9)
+        """Images a second from the first shard's begin to the last one's end."""
+        return self.images / max(self.work["ended"] - self.work["began"], 0.01) if self.work else 0.0
 
     @property
     def now(self) -> float:
         """Images a second over the last minute, at least since the last but one group."""
         while len(self._recent) > 2 and self._recent[1][0] < time.monotonic() - RECENT:
             self._recent.popleft()
-        if not self._recent:
-            return 0.0
-        since, images = self._recent[0] if len(self._recent) > 1 else (self.started, 0)
+        if len(self._recent) < 2:
+            return self.average
+        since, images = self._recent[0]
         return (self.images - images) / max(time.monotonic() - since, 1e-9)
 
     @property
@@ -175,9 +181,9 @@ class Terminal:
         done = len(plan.shards) - total
         self.pace = Pace(total, images)
         if not plan.to_embed and not plan.to_merge:
-            self.console.print(f"all {done} shards are done already: nothing to embed, nothing to merge")
+            self.console.print(f"{counted(done, 'shard')}, all done already: nothing to embed, nothing to merge")
             return
-        self.console.print(f"{len(plan.shards)} shards: {total} to embed, {done} done already")
+        self.console.print(f"{counted(len(plan.shards), 'shard')}: {total:,} to embed, {done:,} done already")
 
     def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
         """Count a group of shards."""
@@ -185,15 +191,18 @@ class Terminal:
         pace.count(records)
         if not self.console.is_terminal:
             rate = f"{pace.average:.1f} images/s, {pace.quarantined.total()} quarantined"
-            self.console.print(f"{pace.shards}/{pace.shards_in_all} shards, {pace.images} images, {rate}")
+            done = f"{pace.shards}/{counted(pace.shards_in_all, 'shard')}, {counted(pace.images, 'image')}"
+            self.console.print(f"{done}, {rate}")
 
     def view(self) -> Group:
         """What the terminal shows now."""
         pace = self.pace
-        about = f" of about {pace.images_in_all:,}" if pace.images_in_all > pace.images else ""
+        images = counted(pace.images, "image")
+        if pace.images_in_all > pace.images:
+            images = f"{pace.images:,} of about {counted(pace.images_in_all, 'image')}"
         table = Table.grid(padding=(0, 2))
         table.add_row("shards", ProgressBar(max(pace.shards_in_all, 1), pace.shards, width=40), pace.left)
-        table.add_row("", f"{pace.shards:,} of {pace.shards_in_all:,}", f"{pace.images:,}{about} images")
+        table.add_row("", f"{pace.shards:,} of {pace.shards_in_all:,}", images)
         table.add_row("images/s", f"{pace.now:,.1f} now", f"{pace.average:,.1f} on average")
         for line in gpu_lines(self._gpus):
             table.add_row(*line)

@@ -6,18 +6,27 @@ import contextlib
 import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
+from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
+from flows.cli import one_line
 from tasks.checks import measure_vectors
+from tasks.counted import counted
 from tasks.report import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.sample import Pictures, Sampled, sample_vectors
 from tasks.shards import EmbeddingRecord, embedding_record, read_footers
-from tasks.storage import Folder
+from tasks.storage import Folder, writing
 
+app = App(
+    name="python -m flows.report",
+    help="Write a page that shows what an output holds.",
+    help_format="plaintext",
+    version_flags=[],
+)
 REPORT = "report.html"
 VECTORS = 6000
 MAP_POINTS = 1200
@@ -37,19 +46,23 @@ if(u){const i=new Image();i.src=u;hover.append(i)}hover.append(p.text);hover.sty
 map.on('plotly_unhover',()=>{hover.style.display='none'});</script>"""
 
 
-def write_report(output: str, seed: int = 0) -> str:
+def write_report(
+    output: str, seed: int = 0, dataset: str | None = None, note: Callable[[str], None] = lambda text: None
+) -> str:
     """Write report.html into an output; its place.
 
     What is read does not grow with the dataset: footers apart, a few shards' vectors and some hundred images.
 
-    :raises InputError: the output has no manifest.
+    :param dataset: where the dataset is, if it is not where the manifest says.
+    :param note: is told why pictures are missing, if they are.
+    :raises InputError: the output has no manifest, or cannot be written to.
     """
     try:
         import plotly.offline
     except ImportError as error:
         raise InputError("the report needs plotly: pip install plotly") from error
     folder = Folder(output)
-    manifest = read_manifest(output)
+    manifest = read_manifest(output, dataset)
     generator = np.random.default_rng(seed)
     sampled = sample_vectors(folder, VECTORS, generator)
     component = manifest.embedder.get("image_component")
@@ -58,11 +71,15 @@ def write_report(output: str, seed: int = 0) -> str:
     parts = [_facts(manifest, sampled), _throughput(folder)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]
-    parts.append(_quarantine(folder, pictures))
+    parts.append(_quarantine(folder, pictures, manifest.left_out))
+    if pictures and pictures.missing:
+        parts.insert(1, f"<p class=wrong>{_text(pictures.missing[0].upper() + pictures.missing[1:])}</p>")
+        note(f"warning: {pictures.missing}")
     head = f"<meta charset=utf-8><title>{html.escape(manifest.model)}</title><style>{STYLE}</style>"
     page = f"<!doctype html><html lang=en><head>{head}<script>{plotly.offline.get_plotlyjs()}</script></head><body>"
-    folder.write_text(REPORT, f"{page}{''.join(parts)}</body></html>\n")
-    return f"{output.rstrip('/')}/{REPORT}"
+    with writing(folder.place(REPORT), "make the output writable"):
+        folder.write_text(REPORT, f"{page}{''.join(parts)}</body></html>\n")
+    return folder.place(REPORT)
 
 
 def _facts(manifest: Manifest, sampled: Sampled) -> str:
@@ -75,10 +92,11 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "quarantined": reasons or "none",
         "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
-        "rows": f"{manifest.rows:,}; {manifest.rows_without_embedding:,} without an embedding",
-        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
+        "rows": rows_said(manifest),
+        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
         "dimensions": manifest.dimensions,
         **manifest.embedder,
+        **({"precision": manifest.computed} if manifest.computed else {}),
         "decoded by": manifest.decoders,
         "versions": manifest.versions,
     }
@@ -88,6 +106,11 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
+
+
+def rows_said(manifest: Manifest) -> str:
+    """How many rows the dataset has, and how many rows of the metadata have no vector."""
+    return f"{manifest.rows:,} in the dataset; {manifest.rows_without_embedding:,} of the metadata without an embedding"
 
 
 def _text(value: Any) -> str:
@@ -147,7 +170,9 @@ def _spread(sampled: Sampled) -> str:
     deviations = np.sort(sampled.vectors.std(axis=0))[::-1]
     norm_plot = [{"type": "histogram", "x": norms.round(5).tolist(), "nbinsx": 50}]
     dead = int((deviations < 1e-6 * max(float(norms.max()), 1e-30)).sum())
-    text = f"<p>{len(norms):,} sampled vectors; {dead} of {len(deviations)} dimensions are constant.</p>"
+    text = (
+        f"<p>{counted(len(norms), 'sampled vector')}; constant: {dead} of {counted(len(deviations), 'dimension')}.</p>"
+    )
     spread_plot = [{"type": "scatter", "mode": "lines", "y": deviations.astype(float).round(6).tolist()}]
     return (
         f"<h2>Norms and spread</h2>{text}"
@@ -226,8 +251,8 @@ def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
     return found
 
 
-def _quarantine(folder: Folder, pictures: Pictures | None) -> str:
-    rows = read_quarantine(folder, QUARANTINED)
+def _quarantine(folder: Folder, pictures: Pictures | None, left_out: Collection[str]) -> str:
+    rows = read_quarantine(folder, QUARANTINED, left_out)
     if not rows:
         return ""
     urls = pictures.of([(row["shard"], row["id"]) for row in rows], 96) if pictures else {}
@@ -255,15 +280,26 @@ def _plot(name: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> st
     return f"<div id={name}></div><script>Plotly.newPlot({arguments})</script>"
 
 
+@app.default
+def report(output: str, *, dataset: str | None = None) -> None:
+    """Write OUTPUT/report.html from the files of an output.
+
+    Parameters
+    ----------
+    output
+        The --output of a run of flows.embed.
+    dataset
+        The dataset's folder, if it is not where it was: the pictures are read from there.
+    """
+    print(write_report(output, dataset=dataset, note=lambda text: print(text, file=sys.stderr)))
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Write the report of the output that is named."""
-    if len(arguments) != 1 or arguments[0] in {"-h", "--help"}:
-        print("usage: python -m flows.report OUT\nWrites OUT/report.html from the files of an output.", file=sys.stderr)
-        return 0 if arguments and arguments[0] in {"-h", "--help"} else 2
+    """Run the command line; its exit status: 2 where the call or its input is wrong."""
     try:
-        print(write_report(arguments[0]))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Annotated, Any
 
 import numpy as np
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.engine import Engine
 from embedders.errors import InputError, MalformedShard
 from embedders.webdataset import chosen_extensions, open_shard
-from embedders.weights import RANDOM
+from embedders.weights import RANDOM, cached_hub, is_of_hub
 from flows.cli import one_line
 from flows.config import load_embedder
 from tasks.embed import resolve_device
-from tasks.report import read_manifest
+from tasks.report import Manifest, read_manifest
 from tasks.sample import Pictures, data_url
-from tasks.search import Found, find_vector, nearest
+from tasks.search import Found, find_vector, nearest, read_rows
 from tasks.shards import digest
-from tasks.storage import Folder
+from tasks.storage import Folder, parted, writing
 
 SHEET = "search.html"
 SIDE = 240
+COLUMNS = 4
+"""Of the metadata, shown by default."""
+LONGEST = 80
+"""Characters of a value in the table."""
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
 main{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:200px;font-size:12px;overflow-wrap:anywhere}
 img{max-width:200px;max-height:200px;display:block}"""
@@ -48,14 +54,16 @@ app = App(
 def search(
     output: str,
     *,
-    image: Path | None = None,
+    image: str | None = None,
     id: str | None = None,
     count: int = 12,
+    column: Annotated[tuple[str, ...], Parameter(consume_multiple=False, negative=())] = (),
     checkpoint: str | None = None,
     embedder: str | None = None,
-    sheet: Path | None = None,
+    dataset: str | None = None,
+    sheet: str | None = None,
 ) -> list[Found]:
-    """Print the nearest images with their paths and cosines, and write them as a page with pictures.
+    """Print the nearest images with their cosines, paths and metadata, and write them as a page with pictures.
 
     Parameters
     ----------
@@ -67,50 +75,100 @@ def search(
         The id of a sample of the dataset, instead.
     count
         How many to show.
+    column
+        A column of the metadata to show; give it again for another one. The first four by default.
     checkpoint
-        The weights file, if the dataset was embedded with one.
+        The weights file, if the dataset was embedded with one that is not where it was.
     embedder
         The custom embedder as module:Class, if the dataset was embedded with one.
+    dataset
+        The dataset's folder, if it is not where it was.
     sheet
-        The page to write; by default search.html in the output.
+        The page to write. By default a new one in the output: search.html, then search-2.html.
     """
     if (image is None) == (id is None):
         raise InputError("give either --image FILE or --id ID")
     if count < 1:
         raise InputError(f"--count: give at least 1, not {count}")
     folder = Folder(output)
-    manifest = read_manifest(output)
-    made_by = manifest.embedder
+    manifest = read_manifest(output, dataset)
     if image is not None:
-        asked, wanted = rebuild(made_by, checkpoint, embedder), digest(made_by)
-        query, shown = embed_image(image, asked), data_url(image.read_bytes(), SIDE)
+        shown = data_url(read_photograph(image), SIDE)
+        query, wanted = embed_query(image, manifest, checkpoint, embedder), digest(manifest.embedder)
     else:
         assert id is not None
         query, wanted, shown = find_vector(folder, id), None, None
     found = nearest(folder, query, count, wanted)
-    pictures = Pictures(manifest.dataset, output, made_by.get("image_component"), made_by.get("max_pixels"))
+    rows = read_rows([Folder(manifest.metadata), Folder(folder.place("merged"))], found, manifest.id_col)
+    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
+    pictures = Pictures(manifest.dataset, output, component, limit)
     places = [one.place for one in found]
-    members = pictures.members(places)
-    show(found, members)
-    page = contact_sheet(str(image or id), shown, found, members, pictures.of(places, SIDE))
-    if sheet is not None:
-        sheet.write_text(page)
-    else:
-        folder.write_text(SHEET, page)
-    print(f"pictures: {sheet or folder.path(SHEET)}", file=sys.stderr)
+    lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
+    show(lines)
+    urls = pictures.of(places, SIDE)
+    page = contact_sheet(str(image or id), shown, lines, [urls.get(place) for place in places])
+    print(f"pictures: {write_sheet(folder, sheet, page)}", file=sys.stderr)
+    if pictures.missing:
+        print(f"warning: {pictures.missing}", file=sys.stderr)
     return found
 
 
-def rebuild(made_by: Mapping[str, Any], checkpoint: str | None, custom: str | None) -> ImageEmbedder:
-    """The embedder that a dataset was made with, from its fingerprint.
+def write_sheet(output: Folder, sheet: str | None, page: str) -> str:
+    """Write the page; where it is now.
 
+    :param sheet: where to; None for a name in the output that is not taken.
+    :raises InputError: it cannot be written there.
+    """
+    if sheet is not None:
+        folder, name = parted(sheet)
+    else:
+        names = itertools.chain([SHEET], (f"search-{number}.html" for number in itertools.count(2)))
+        folder, name = output, next(name for name in names if not output.has(name))
+    with writing(sheet or output.place(name), "give another --sheet FILE"):
+        folder.write_text(name, page)
+    return sheet or output.place(name)
+
+
+def read_photograph(image: str) -> bytes:
+    """The bytes of a file on a disk or in a store.
+
+    :raises InputError: there is no such file.
+    """
+    folder, name = parted(image)
+    try:
+        return folder.read_range(name, 0, folder.info(name).size)
+    except OSError as error:
+        raise InputError(f"{image}: {error.strerror or one_line(error)}; give a photograph") from error
+
+
+def embed_query(image: str, manifest: Manifest, checkpoint: str | None, custom: str | None) -> np.ndarray:
+    """The vector of a photograph by the embedder of a dataset; a hub is asked only for what is not on this machine.
+
+    :raises InputError: the embedder cannot be had, or this is no image.
+    """
+    try:
+        with cached_hub():
+            embedder = rebuild(manifest, checkpoint, custom)
+    except InputError:
+        return embed_image(image, rebuild(manifest, checkpoint, custom))
+    with cached_hub():
+        return embed_image(image, embedder)
+
+
+def rebuild(manifest: Manifest, checkpoint: str | None, custom: str | None) -> ImageEmbedder:
+    """The embedder that a dataset was made with, from what its manifest says.
+
+    :param checkpoint: the weights file, instead of the one that the manifest names.
+    :param custom: the embedder, as module:Class.
     :raises InputError: it cannot be had from there, or is not the same any more.
     """
+    made_by = manifest.embedder
     if custom is not None:
         made = load_embedder(custom)
     elif made_by.get("embedder") != "TimmImageEmbedder" or not made_by.get("model"):
         raise InputError(f"the dataset was embedded by {made_by.get('embedder')}; give it with --embedder module:Class")
     else:
+        checkpoint = checkpoint or _recorded_checkpoint(manifest)
         precision = str(made_by["precision"])
         chosen = {name: made_by[name] for name in ("exif", "max_pixels", "image_component") if name in made_by}
         made = TimmImageEmbedder(
@@ -124,30 +182,40 @@ def rebuild(made_by: Mapping[str, Any], checkpoint: str | None, custom: str | No
             precision="auto" if precision in {"float32", "float16 on a GPU", "float8"} else precision,
             **chosen,
         )
-    try:
-        now = made.fingerprint()
-    except InputError as error:
-        if checkpoint is None and custom is None:
-            raise InputError(f"{error}; if the dataset was embedded with a --checkpoint, give it here too") from error
-        raise
+    now = made.fingerprint()
     if digest(now) != digest(dict(made_by)):
         different = sorted(name for name in {*now, *made_by} if now.get(name) != made_by.get(name))
-        way = "give the --checkpoint it was made with" if "weights" in different else "its vectors cannot be compared"
+        way = "its vectors cannot be compared"
+        if "weights" in different:
+            other = f"{checkpoint} is another file by now" if checkpoint else "its weights have changed"
+            way = f"{other}; give the --checkpoint it was made with"
         raise InputError(f"the embedder is not the dataset's ({', '.join(different)}); {way}")
     return made
 
 
-def embed_image(image: Path, embedder: ImageEmbedder) -> np.ndarray:
+def _recorded_checkpoint(manifest: Manifest) -> str | None:
+    """The weights file that the manifest names; None where the weights are the model's own.
+
+    :raises InputError: the dataset was embedded with one that is not there, or that the manifest does not name.
+    """
+    path, weights = manifest.checkpoint, str(manifest.embedder["weights"])
+    if path:
+        if not Path(path).is_file():
+            raise InputError(f"the dataset was embedded with {path}, which is not there any more; give --checkpoint")
+        return path
+    if weights.startswith("sha256:") and is_of_hub(manifest.embedder["model"]):
+        raise InputError(f"the dataset was embedded with a weights file ({weights[:19]}…); give it with --checkpoint")
+    return None
+
+
+def embed_image(image: str | Path, embedder: ImageEmbedder) -> np.ndarray:
     """The vector of a photograph, (dimensions,) float32: as the only sample of a shard, it goes the dataset's way.
 
     :raises InputError: no such file, or no image.
     """
-    try:
-        data = image.read_bytes()
-    except OSError as error:
-        raise InputError(f"{image}: {error.strerror}; give a photograph") from error
+    data = read_photograph(str(image))
     chosen = chosen_extensions(embedder.image_component)
-    extension = chosen[0] if chosen else image.suffix.lstrip(".") or "jpg"
+    extension = chosen[0] if chosen else PurePath(image).suffix.lstrip(".") or "jpg"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "query.tar"
         with tarfile.open(path, "w") as tar:
@@ -162,31 +230,61 @@ def embed_image(image: Path, embedder: ImageEmbedder) -> np.ndarray:
     return np.array(embedded.vectors[0])
 
 
-def show(found: Sequence[Found], members: Mapping[tuple[str, str], str]) -> None:
-    """Print the table."""
-    table = Table("cosine", "id", "path")
-    for one in found:
-        table.add_row(f"{one.score:.4f}", one.id, f"{one.shard}.tar/{members.get(one.place, '')}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def _columns(rows: Mapping[tuple[str, str], Mapping[str, Any]], asked: Sequence[str]) -> Sequence[str]:
+    """The columns to show.
+
+    :raises InputError: one that was asked for is not there.
+    """
+    known = list(dict.fromkeys(name for row in rows.values() for name in row))
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        there = f"there are {', '.join(known)}" if known else "the images found have none"
+        raise InputError(f"--column: no column {', '.join(unknown)}; {there}")
+    return asked or known[:COLUMNS]
 
 
-def contact_sheet(
-    query: str,
-    shown: str | None,
+def _lines(
     found: Sequence[Found],
     members: Mapping[tuple[str, str], str],
-    urls: Mapping[tuple[str, str], str],
-) -> str:
-    """The same as a page with pictures that needs no network."""
+    rows: Mapping[tuple[str, str], Mapping[str, Any]],
+    columns: Sequence[str],
+) -> list[dict[str, str]]:
+    """What is said of each image that was found, by heading."""
+    lines = []
+    for one in found:
+        line = {"cosine": f"{one.score:.4f}", "id": one.id, "path": f"{one.shard}.tar/{members.get(one.place, '')}"}
+        values = {name: rows.get(one.place, {}).get(name) for name in columns}
+        said = {name: "" if value is None else " ".join(str(value).split()) for name, value in values.items()}
+        lines.append(line | {f"{name} (metadata)" if name in line else name: value for name, value in said.items()})
+    return lines
 
-    def figure(url: str | None, text: str) -> str:
+
+def show(lines: Sequence[Mapping[str, str]]) -> None:
+    """Print the table."""
+    table = Table()
+    for name in lines[0]:
+        table.add_column(Text(name), no_wrap=name in {"cosine", "id"}, overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(value if len(value) <= LONGEST else f"{value[:LONGEST]}…") for value in line.values()))
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def contact_sheet(query: str, shown: str | None, lines: Sequence[Mapping[str, str]], urls: Sequence[str | None]) -> str:
+    """The same as a page with pictures that needs no network.
+
+    :param shown: the picture of the query; `urls` those of the lines.
+    """
+
+    def figure(url: str | None, *texts: str) -> str:
         picture = f'<img src="{url}" alt="">' if url else ""
-        return f"<figure>{picture}{html.escape(text)}</figure>"
+        return f"<figure>{picture}{'<br>'.join(html.escape(text) for text in texts if text)}</figure>"
 
-    said = [f"{one.score:.4f} {one.shard}.tar/{members.get(one.place, one.id)}" for one in found]
-    figures = "".join(figure(urls.get(one.place), text) for one, text in zip(found, said, strict=True))
+    figures = "".join(
+        figure(url, f"{line['cosine']} {line['path']}", *list(line.values())[3:])
+        for line, url in zip(lines, urls, strict=True)
+    )
     head = f"<meta charset=utf-8><title>{html.escape(query)}</title><style>{STYLE}</style>"
-    asked = f"<h1>{html.escape(query)}</h1>{figure(shown, '') if shown else ''}"
+    asked = f"<h1>{html.escape(query)}</h1>{figure(shown) if shown else ''}"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{asked}<h2>Nearest</h2><main>{figures}</main></body>"
 
 

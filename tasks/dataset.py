@@ -13,6 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from embedders.errors import InputError
+from tasks.counted import counted
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.footer import describe, footer
 from tasks.merge import arrow_file
@@ -149,6 +150,8 @@ def card(plan: Plan, embedder: Mapping[str, Any]) -> str:
     options = plan.options
     model = embedder.get("model") or embedder.get("embedder") or ""
     rows = sum(record.rows for record in plan.merged.values())
+    precisions = sorted({record.computed for record in plan.embedded.values() if record.computed})
+    computed = {"precision": ", ".join(precisions)} if precisions else {}
     normalised = ", each of length 1" if embedder.get("normalized") else ""
     values = f"{options.dimensions} {options.form.dtype} values a row{normalised}"
     return f"""---
@@ -164,7 +167,7 @@ tags:
 
 # Image embeddings by {model}
 
-{rows:,} rows of {len(plan.merged):,} shards. The column `{options.column}` holds {values}.
+{counted(rows, "row")} of {counted(len(plan.merged), "shard")}. The column `{options.column}` holds {values}.
 `quarantine/` lists what has no embedding, and why.
 
 ```python
@@ -176,7 +179,7 @@ rows = load_dataset("path/of/this/folder", split="train").with_format("numpy")
 Made from:
 
 ```json
-{json.dumps(embedder, indent=2)}
+{json.dumps({**embedder, **computed}, indent=2)}
 ```
 """
 

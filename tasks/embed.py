@@ -25,6 +25,7 @@ from embedders.errors import MalformedShard
 from embedders.webdataset import OpenShard, map_tar
 from tasks.aside import aside
 from tasks.checks import measure_vectors
+from tasks.counted import counted
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.index import describe_local
 from tasks.shards import (
@@ -35,6 +36,7 @@ from tasks.shards import (
     embedding_key,
     intact,
     read_embedding_record,
+    seconds_in_work,
     with_record,
 )
 from tasks.staging import SPACE, Stage
@@ -203,7 +205,8 @@ class _GroupRun:
                 check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
                 stages = {"read": self._read.pop(shard.name), **embedded.waited, "write": self._wrote}
                 began = time.monotonic()
-                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages)
+                computed = computed_in(self.decoding, self.limit.device)
+                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages, computed)
                 self._wrote = time.monotonic() - began  # the next shard's record tells it: a file cannot tell its own
                 self.fresh.append(record)
                 self._note(shard, record)
@@ -242,10 +245,12 @@ def write_embeddings(
     embedder: ImageEmbedder,
     fingerprint: str,
     stages: Mapping[str, float] | None = None,
+    computed: str = "",
 ) -> EmbeddingRecord:
     """Write a shard's quarantine and then, as the record that it is done, its embeddings.
 
     :param stages: the seconds that stages took, for the record.
+    :param computed: the precision and the device of the model, for the record.
     :raises MalformedShard: the account does not balance; nothing is written then.
     """
     record = EmbeddingRecord(
@@ -264,9 +269,11 @@ def write_embeddings(
         ignored=embedded.shard.samples.ignored.count,
         ignored_examples=list(embedded.shard.samples.ignored.examples),
         doubt=embedded.shard.samples.doubt,
+        computed=computed,
     )
     if not record.balanced:
-        raise MalformedShard(f"{shard.tar}: {record.samples} samples, but {record.embedded} + {record.quarantined}")
+        samples = counted(record.samples, "sample")
+        raise MalformedShard(f"{shard.tar}: {samples}, but {record.embedded} + {record.quarantined}")
     if embedded.quarantined:
         table = quarantine_table(embedded.quarantined)
         shard.target.write(shard.quarantine_file, lambda path: write_quarantine(table, path))
@@ -277,6 +284,13 @@ def write_embeddings(
     table = table.cast(with_record(table.schema, record))
     shard.target.write(shard.embeddings_file, lambda path: write_vectors(table, path, column))
     return record
+
+
+def computed_in(embedder: ImageEmbedder, device: str) -> str:
+    """Return what a record says of a model's precision and device: "float16 on a GPU", "float32 on a CPU", "a CPU"."""
+    on = "a GPU" if device.startswith("cuda") else "a CPU"
+    precision = embedder.precision_on(device)
+    return f"{precision} on {on}" if precision else on
 
 
 def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:
@@ -310,13 +324,12 @@ def embed_shards(
     shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
 ) -> list[EmbeddingRecord] | State[list[EmbeddingRecord]]:
     """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
-    started = time.monotonic()
     run = _run_group(shards, embedder, options)
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
-    seconds, images = time.monotonic() - started, sum(record.samples for record in run.fresh)
-    bad = sum(sum(record.quarantined.values()) for record in run.fresh)
+    seconds, images = seconds_in_work(run.fresh), sum(record.samples for record in run.fresh)
+    bad, rate = sum(sum(record.quarantined.values()) for record in run.fresh), images / seconds
     get_run_logger().info(
-        "%s: %d images in %.1f s, %.1f images/s, %d quarantined", span, images, seconds, images / seconds, bad
+        "%s: %s in %.1f s, %.1f images/s, %d quarantined", span, counted(images, "image"), seconds, rate, bad
     )
     return run.records

@@ -23,7 +23,9 @@ from embedders.errors import InputError
 from tasks.dataset import COMMON
 from tasks.footer import DESCRIPTION
 from tasks.merge import arrow_file
+from tasks.places import find_places, missing_dataset
 from tasks.report import MANIFEST
+from tasks.scratch import scratch
 from tasks.storage import Folder, publish
 from tasks.vectors import VectorFormat, vector_array
 
@@ -58,12 +60,13 @@ class Exported:
     dimensions: int
 
     @classmethod
-    def open(cls, output: str) -> Exported:
+    def open(cls, output: str, dataset: str | None = None) -> Exported:
         """Find the dataset of an output, from the footers of its files.
 
+        :param dataset: where the tars are, if they are not where the manifest says.
         :raises InputError: there is none, or it has no row.
         """
-        folder = Folder(_dataset_folder(output))
+        folder = Folder(_dataset_folder(output, dataset))
         files = tuple(file.name for file in folder.list(".parquet"))
         rows, described = 0, None
         for name in files:
@@ -95,7 +98,14 @@ class Exported:
             with arrow_file(self.folder, name) as file:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
                 for group in range(parquet.num_row_groups):
-                    yield self._batch(name, parquet.read_row_group(group))
+                    yield self._batch(name, self._read(name, parquet, group))
+
+    def _read(self, name: str, parquet: pq.ParquetFile, group: int) -> pa.Table:
+        try:
+            return parquet.read_row_group(group)
+        except (OSError, pa.ArrowException) as error:
+            way = "run flows.embed with --verify, which makes damaged files again"
+            raise InputError(f"{self.folder.url}/{name}: cannot be read ({error}); {way}") from error
 
     def _batch(self, name: str, table: pa.Table) -> Batch:
         column = table.column(self.column)
@@ -111,23 +121,66 @@ class Exported:
         return Batch(metadata, vectors.reshape(len(table), self.dimensions))
 
 
-def _dataset_folder(output: str) -> str:
-    """Where the merged dataset of an output lies: beside the tars if the run was in place."""
+def _dataset_folder(output: str, dataset: str | None) -> str:
+    """Where the merged dataset of an output lies now: beside the tars if the run was in place.
+
+    :raises InputError: it was, and the tars are not where they were.
+    """
     text = Folder(output).read_text(MANIFEST)
+    stored: Any = {}
     with contextlib.suppress(ValueError):
-        told = json.loads(text) if text else {}
-        return str(told.get("metadata") or f"{output.rstrip('/')}/metadata")
-    return f"{output.rstrip('/')}/metadata"
+        stored = json.loads(text) if text else {}
+    places = find_places(output, stored if isinstance(stored, dict) else {}, dataset)
+    if places.metadata == places.dataset and (missing := missing_dataset(places.dataset)):
+        raise InputError(f"{output}: made with --in-place, and {missing}")
+    return places.metadata
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, made_of: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write to, which takes its name when the block ends well and goes away when it does not.
+def whole_folder(target: Folder, made_of: dict[str, Any]) -> Iterator[Path]:
+    """A local folder to write to: the target gets what is in it when the block ends well, and nothing when it does not.
+
+    On a disk the folder takes the target's name in one step. In a store, `MARK` says from the first file to the last
+    that the export is unfinished.
 
     :raises InputError: something else is there already.
+    :raises OSError: the target cannot be written to.
     """
-    if target.exists() and any(target.iterdir()) and not (target / MARK).exists():
-        raise InputError(f"{target}: holds something that is no export; give another --to")
+    if not target.has(MARK) and _is_taken(target):
+        raise InputError(f"{target.url}: holds something that is no export; give another --to")
+    if target.is_local:
+        with _renamed_folder(Path(target.path("")), made_of) as folder:
+            yield folder
+        return
+    target.check_writable()
+    with scratch() as local:
+        yield Path(local)
+        _upload(Path(local), target, made_of)
+
+
+def _is_taken(target: Folder) -> bool:
+    """Whether there is a file of the name, or anything in the folder."""
+    if not target.is_local:
+        return bool(target.list(""))
+    path = Path(target.path(""))
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _upload(local: Path, target: Folder, made_of: dict[str, Any]) -> None:
+    """Put the files of a folder in the place of an earlier export in a store."""
+    former = {file.name for file in target.list("")}
+    target.write_text(MARK, json.dumps(made_of | {"unfinished": True}, indent=2) + "\n")
+    names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
+    for name in names:
+        target.write(name, lambda path, name=name: os.replace(local / name, path))  # type: ignore[misc]
+    for name in former - {MARK, *names}:
+        target.remove(name)
+    target.write_text(MARK, json.dumps(made_of, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _renamed_folder(target: Path, made_of: dict[str, Any]) -> Iterator[Path]:
+    """A folder beside the target, which takes its name when the block ends well and goes away when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
         if not Path("/proc", stale.name.split(".")[-2]).exists():
@@ -246,7 +299,7 @@ def export_faiss(dataset: Exported, folder: Path, kind: Literal["auto", "flat", 
             index = faiss.IndexFlatIP(dataset.dimensions)
             for some in vectors():
                 index.add(some)
-            faiss.write_index(index, str(folder / "vectors.index"))
+            _write_index(faiss, index, folder / "vectors.index")
             return int(index.ntotal)
         return _write_lists(faiss, dataset, folder, vectors())
 
@@ -266,12 +319,12 @@ def _write_lists(faiss: Any, dataset: Exported, folder: Path, vectors: Iterator[
     del sample
     blocks: list[str] = []
     empty, total = str(folder / "empty.index"), 0
-    faiss.write_index(trained, empty)
+    _write_index(faiss, trained, empty)
     block = faiss.read_index(empty)
 
     def close() -> None:
         blocks.append(str(folder / f"block-{len(blocks)}.index"))
-        faiss.write_index(block, blocks[-1])
+        _write_index(faiss, block, blocks[-1])
 
     for some in vectors:
         block.add_with_ids(some, np.arange(total, total + len(some)))
@@ -283,10 +336,21 @@ def _write_lists(faiss: Any, dataset: Exported, folder: Path, vectors: Iterator[
         close()
     index = faiss.read_index(empty)
     merge_ondisk(index, blocks, str(folder / "vectors.ivfdata"))
-    faiss.write_index(index, str(folder / "vectors.index"))
+    _write_index(faiss, index, folder / "vectors.index")
     for path in (empty, *blocks):
         os.unlink(path)
     return total
+
+
+def _write_index(faiss: Any, index: Any, path: Path | str) -> None:
+    """Write an index.
+
+    :raises OSError: it cannot be; faiss raises RuntimeErrors with lines of its source.
+    """
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(str(error).rpartition("Error: ")[2]) from error
 
 
 def _sample(dataset: Exported, count: int) -> np.ndarray:

@@ -28,7 +28,10 @@ def describe(
     """
     known = {name: embedder.get(name) for name in ("model", "weights", "preprocessing", "precision", "normalized")}
     other = {name: value for name, value in embedder.items() if name not in known}
-    made = {"decoder": record.decoder, "versions": record.versions} if record is not None else {}
+    made: dict[str, Any] = {}
+    if record is not None:
+        made = {"decoder": record.decoder, "versions": record.versions}
+        made |= {"precision": record.computed} if record.computed else {}
     return {"column": column, "dimensions": dimensions, **form.as_dict(), **known, "embedder": other, **made}
 
 

@@ -102,7 +102,7 @@ def repeated_id(where: str, value: Any, row: int) -> InputError:
     """What is said of an id that is there twice."""
     return InputError(
         f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard "
-        "(--on-error quarantine lists repeated rows and joins the others)"
+        "(--repeated-ids quarantine joins the first such row and lists the others)"
     )
 
 

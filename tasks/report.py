@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from pydantic import BaseModel, Field
 
 from embedders.errors import InputError
 from tasks.checks import check_vectors
+from tasks.counted import counted
 from tasks.dataset import missing_parts
 from tasks.failures import ShardFailure
 from tasks.metadata import MISMATCH_WARNED
+from tasks.places import as_stored, find_places
 from tasks.plan import Plan
 from tasks.shards import UNMATCHED, EmbeddingRecord
 from tasks.storage import Folder
@@ -29,10 +31,14 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds from the start of a run to its end, and to its first group of shards; 0 where there was none."""
+    """Seconds from the start of a run to its end, to its first group of shards, and that shards were in work.
+
+    The last two are 0 where there was no shard to embed.
+    """
 
     total: float
     first: float = 0.0
+    working: float = 0.0
 
 
 class Manifest(BaseModel):
@@ -44,7 +50,13 @@ class Manifest(BaseModel):
     shards: int
     shards_cached: int = Field(description="Shards that were done before this run.")
     shards_failed: int
-    images_per_second: float = Field(description="Samples of this run by its whole time.")
+    left_out: list[str] = Field(
+        [],
+        description="Shards that no count is of, since they failed or are gone; the output may have their old files.",
+    )
+    images_per_second: float = Field(
+        description="Samples of this run by the time from the first shard's begin to the last one's end."
+    )
     seconds: float
     seconds_to_first: float = Field(0.0, description="From the start to the first finished group of shards.")
     dimensions: int
@@ -52,6 +64,8 @@ class Manifest(BaseModel):
     output: str
     metadata: str = Field("", description="The folder with the merged dataset.")
     dataset: str = ""
+    checkpoint: str = Field("", description="The weights file that the run was given.")
+    id_col: str = Field("", description="The id's column in the metadata.")
     quarantined_by_reason: dict[str, int] = {}
     rows: int = Field(0, description="Rows of the merged metadata.")
     rows_without_embedding: int = 0
@@ -68,6 +82,7 @@ class Manifest(BaseModel):
     finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
     decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
+    computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
     versions: dict[str, str] = {}
     wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
 
@@ -81,6 +96,7 @@ def account(
     fresh: int,
     finish_with: str = "",
     max_quarantined: float | None = None,
+    checkpoint: str | None = None,
 ) -> Manifest:
     """The manifest of a plan read after the work.
 
@@ -88,6 +104,7 @@ def account(
     :param fresh: samples embedded or quarantined by this run.
     :param finish_with: the call that does what failed.
     :param max_quarantined: the share of samples that may be in quarantine, None for any.
+    :param checkpoint: the weights file that the embedder was given.
     """
     records, merges = list(plan.embedded.values()), list(plan.merged.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
@@ -98,7 +115,8 @@ def account(
         shards=len(plan.shards),
         shards_cached=cached,
         shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
-        images_per_second=round(fresh / spent.total, 1),
+        left_out=sorted({*(shard.name for shard in plan.to_embed), *plan.gone}),
+        images_per_second=round(fresh / (spent.working or spent.total), 1),
         seconds=round(spent.total, 2),
         seconds_to_first=round(spent.first, 2),
         dimensions=max((record.dimensions for record in records), default=0),
@@ -106,6 +124,8 @@ def account(
         output=plan.shards[0].output,
         metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
         dataset=plan.shards[0].dataset,
+        checkpoint=checkpoint or "",
+        id_col=plan.options.id_col,
         quarantined_by_reason=dict(sorted(reasons.items())),
         rows=sum(record.rows for record in merges),
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
@@ -120,6 +140,7 @@ def account(
         finish_with=finish_with if failures else "",
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
+        computed=dict(Counter(record.computed for record in records if record.computed)),
         versions=records[0].versions if records else {},
         wrong=check_vectors(plan.embedded, embedder),
     )
@@ -178,7 +199,8 @@ def _gone(plan: Plan) -> list[str]:
         return []
     examples = ", ".join(plan.gone[:3])
     stay = "their rows stay in the output until their files are deleted"
-    return [f"{len(plan.gone):,} shards of the output are no longer in the dataset, such as {examples}; {stay}"]
+    gone = counted(len(plan.gone), "shard")
+    return [f"{gone} of the output no longer in the dataset, such as {examples}; {stay}"]
 
 
 def _mismatch(plan: Plan) -> list[str]:
@@ -203,34 +225,41 @@ def _mismatch(plan: Plan) -> list[str]:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write manifest.json into the output, whole or not at all."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    Folder(manifest.output).write_text(MANIFEST, text)
+    """Write manifest.json into the output, whole or not at all; see `tasks.places` for the places in it."""
+    places = {name: getattr(manifest, name) for name in ("dataset", "metadata", "checkpoint")}
+    stored = manifest.model_dump(mode="json") | as_stored(manifest.output, places)
+    Folder(manifest.output).write_text(MANIFEST, json.dumps(stored, indent=2) + "\n")
 
 
-def read_manifest(output: str) -> Manifest:
-    """The account in an output.
+def read_manifest(output: str, dataset: str | None = None) -> Manifest:
+    """The account in an output, with the places where things are now.
 
+    :param dataset: where the dataset is, if it is not where the manifest says.
     :raises InputError: there is none, or it is not readable.
     """
     text = Folder(output).read_text(MANIFEST)
     if text is None:
         raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
     try:
-        return Manifest(**json.loads(text))
-    except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+        stored = json.loads(text)
+        places = find_places(output, stored, dataset)
+        return Manifest(**stored | vars(places) | {"output": output})
+    except (ValueError, TypeError, AttributeError) as error:  # pydantic's are ValueErrors
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
 
 
-def read_quarantine(output: Folder, limit: int = 20) -> list[dict[str, str]]:
-    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left."""
+def read_quarantine(output: Folder, limit: int = 20, left_out: Collection[str] = ()) -> list[dict[str, str]]:
+    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left.
+
+    :param left_out: shards whose rows are an earlier run's; see `Manifest`.
+    """
     rows: list[dict[str, str]] = []
     folder = Folder(f"{output.url.rstrip('/')}/quarantine")
     for found in folder.list(".parquet"):
-        if found.name.endswith(UNMATCHED):
+        shard = found.name.removesuffix(".parquet")
+        if found.name.endswith(UNMATCHED) or shard in left_out:
             continue
         with folder.open(found.name) as file:
-            shard = found.name.removesuffix(".parquet")
             # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
             # and abort the process.
             rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]

@@ -6,18 +6,21 @@ import base64
 import contextlib
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from embedders.errors import MalformedShard
+from embedders.errors import InputError, MalformedShard
 from embedders.images import MAX_PIXELS, BadImage, decode, sniff
 from embedders.loader import Reason
 from embedders.webdataset import Component, map_tar, parse_index, printable, read_tar
+from tasks.counted import counted
+from tasks.places import missing_dataset
 from tasks.storage import Folder
+from tasks.stores import one_line
 
 SHARDS = 16
 """Shards that a sample is taken from: what is read of an output does not grow with it."""
@@ -57,13 +60,26 @@ def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -
 
 
 class Pictures:
-    """Thumbnails of samples, read out of the tars at the places that the index tells; none where a tar is gone."""
+    """Thumbnails of samples, read out of the tars at the places that the index tells; none where a tar is gone.
+
+    `lost` has the shards whose tars could not be read, and why.
+    """
 
     def __init__(
         self, dataset: str, output: str, image_component: str | None = None, max_pixels: int | None = None
     ) -> None:
         self.source, self.output, self.component = Folder(dataset), Folder(output), image_component
         self.max_pixels = max_pixels or MAX_PIXELS
+        self.lost: dict[str, str] = {}
+
+    @property
+    def missing(self) -> str:
+        """Why pictures could not be shown, as a sentence; "" if all could."""
+        if not self.lost:
+            return ""
+        shard, why = next(iter(self.lost.items()))
+        what = f"no pictures of {counted(len(self.lost), 'shard')}"
+        return f"{what}: {missing_dataset(self.source.url) or f'such as {shard}: {why}'}"
 
     def of(self, places: Sequence[tuple[str, str]], side: int) -> dict[tuple[str, str], str]:
         """Data URLs of thumbnails of at most `side` pixels a side, by shard and id, for those that can be shown."""
@@ -72,7 +88,7 @@ class Pictures:
             wanted[shard].add(sample_id)
         found = {}
         for shard, ids in wanted.items():
-            with contextlib.suppress(OSError, MalformedShard):  # the dataset is gone or out of reach
+            with self._noting(shard):
                 components = self._components(shard)
                 for sample_id in sorted(ids & components.keys()):
                     if url := self._thumbnail(shard, components[sample_id], side):
@@ -83,11 +99,19 @@ class Pictures:
         """The images' names in their tars, by shard and id, for those that are within reach."""
         found = {}
         for shard in {shard for shard, _ in places}:
-            with contextlib.suppress(OSError, MalformedShard):
+            with self._noting(shard):
                 components = self._components(shard)
                 ids = {sample_id for of, sample_id in places if of == shard} & components.keys()
                 found.update({(shard, sample_id): printable(components[sample_id].name) for sample_id in ids})
         return found
+
+    @contextlib.contextmanager
+    def _noting(self, shard: str) -> Iterator[None]:
+        """Go on without a shard whose tar is gone, out of reach or another one by now."""
+        try:
+            yield
+        except (OSError, InputError, MalformedShard) as error:
+            self.lost[shard] = one_line(error)
 
     def _components(self, shard: str) -> Mapping[str, Component]:
         """The image of each sample of a shard, by the id that the output has for it.

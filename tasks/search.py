@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
+from tasks.ids import canonical_ids
 from tasks.shards import embedding_record
 from tasks.storage import Folder
 
@@ -67,6 +72,50 @@ def nearest(output: Folder, query: np.ndarray, count: int, embedder: str | None 
     if not best:
         raise InputError(f"{output.url}: no embeddings in it; give the --output of a run of flows.embed")
     return best
+
+
+def read_rows(folders: Sequence[Folder], found: Sequence[Found], id_col: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read the metadata of samples that were found: the user's own columns.
+
+    Args:
+        folders: Where a shard's metadata may be, as SHARD.parquet; the first one that has it counts.
+        found: The samples.
+        id_col: The id's column, which is left out of the rows, as are nested and binary columns.
+
+    Returns:
+        The values by column, by shard and id; nothing for a sample without a metadata row.
+    """
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for one in found:
+        wanted[one.shard].append(one.id)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for shard, ids in wanted.items():
+        folder = next((folder for folder in folders if folder.has(f"{shard}.parquet")), None)
+        if folder is not None:
+            with folder.open(f"{shard}.parquet") as file:
+                for sample_id, row in _rows(pq.ParquetFile(file, pre_buffer=False), ids, id_col):
+                    rows.setdefault((shard, sample_id), row)
+    return rows
+
+
+def _rows(parquet: pq.ParquetFile, ids: Sequence[str], id_col: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows with some ids, and their ids as text."""
+    schema = parquet.schema_arrow
+    if id_col not in schema.names:
+        return
+    names = [field.name for field in schema if field.name != id_col and _is_shown(field.type)]
+    for group in range(parquet.num_row_groups):
+        texts = canonical_ids(parquet.read_row_group(group, columns=[id_col], use_threads=False).column(0))
+        at = np.flatnonzero(pc.is_in(texts, pa.array(ids, pa.string())).to_numpy())
+        if len(at):
+            table = parquet.read_row_group(group, columns=names, use_threads=False).take(at)
+            yield from zip(texts.take(pa.array(at)).to_pylist(), table.to_pylist() or [{}] * len(at), strict=True)
+
+
+def _is_shown(kind: pa.DataType) -> bool:
+    """Whether a value can stand in a line."""
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return not pa.types.is_nested(kind) and not any(test(kind) for test in binary)
 
 
 def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float], list[int]]:

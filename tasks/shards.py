@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -125,6 +125,8 @@ class EmbeddingRecord:
     ignored_examples: list[str] = field(default_factory=list)
     doubt: str = ""
     """Why the tar may lack members at its end, although it could be read."""
+    computed: str = ""
+    """The model's precision and device, such as "float32 on a CPU": the embedder's fingerprint has the policy only."""
 
     @property
     def version(self) -> str:
@@ -155,6 +157,14 @@ class MergeRecord:
     rows_repeated: int = 0
     unmatched: int = 0
     examples: list[str] = field(default_factory=list)
+
+
+def seconds_in_work(records: Iterable[EmbeddingRecord]) -> float:
+    """The seconds from the first begin of some shards to their last end; 0 for none."""
+    works = [record.work for record in records if record.work]
+    if not works:
+        return 0.0
+    return max(max(work["ended"] for work in works) - min(work["began"] for work in works), 0.01)
 
 
 def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Shard]:

@@ -113,6 +113,10 @@ class Folder:
         """The file system's own path of a file; a local one can be opened."""
         return f"{self._resolved[1]}/{name}"
 
+    def place(self, name: str) -> str:
+        """A file as a person names it, with the folder's scheme."""
+        return f"{self.url.rstrip('/')}/{name}"
+
     def exists(self) -> bool:
         """Whether the folder is there."""
         return bool(self._ask(self.fs.isdir, self._resolved[1]))
@@ -359,6 +363,29 @@ class Folder:
                     raise told from error
             time.sleep(0.2 * 3**attempt * random.uniform(0.5, 1.5))  # 0.2, 0.6, 1.8 s, give or take half
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def parted(place: str) -> tuple[Folder, str]:
+    """A file's path or URL as its folder and its name."""
+    parent, slash, name = place.rpartition("/")
+    return Folder(parent or slash or "."), name
+
+
+@contextlib.contextmanager
+def writing(place: str, way: str) -> Iterator[None]:
+    """Turn an error of writing something into one line.
+
+    Args:
+        place: What is written, as a person names it.
+        way: What a person can do if it cannot be.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error.strerror or one_line(error)}); {way}") from error
 
 
 # --- what outlasts a power cut ----------------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ def test_metadata_that_is_no_parquet(capsys: pytest.CaptureFixture[str], dataset
         (["--on-error", "ignore"], "'quarantine', 'null' or 'raise'"),
         (["--wrokers", "2"], "--workers"),
         (["--embedder", "no_such_module:Class"], "no_such_module"),
+        (["--staging-space", "lots"], "--staging-space: give a size such as 20GB or 500MiB, not 'lots'"),
         (["--device", "gpu"], "no GPU"),
         (["--no-pretrained", "--device", "cpu", "--precision", "float8"], "float8 needs a GPU"),
     ],
@@ -167,6 +168,34 @@ def test_another_model_is_refused_unless_told(
     assert main([*other, "--overwrite"]) == 0
     column = pq.read_table(tmp_path / "out/metadata")["image_embedding"]
     assert len(column[0]) == 256
+
+
+def test_what_is_said_of_a_failed_shard(
+    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    call = [str(dataset), "--output", str(output), *TINY]
+    assert main(call) == 0
+    said = capsys.readouterr().err
+    assert "quarantined: 00000.tar 000000017.jpg: truncated" in said
+    for name in ("metadata/*.parquet", "quarantine/*.parquet", "manifest.json", "report.html"):
+        assert f" {output}/{name}\n" in said
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["computed"] == {"float32 on a CPU": 2}
+    assert manifest["images_per_second"] > 1.1 * 128 / manifest["seconds"]  # the workers' start is no part of it
+    assert "float16" not in (output / "report.html").read_text().partition("<body>")[2]
+    assert "float16" not in (output / "README.md").read_text()
+    footer = pq.read_metadata(output / "metadata/00000.parquet").metadata[b"embedding"]
+    assert json.loads(footer)["precision"] == "float32 on a CPU"
+    (dataset / "00000.tar").write_bytes(b"no tar" * 1000)
+    (output / "report.html").unlink()
+    (output / "report.html").mkdir()
+    assert main(call) == 1
+    said = capsys.readouterr().err
+    assert "\n1 shard failed; this does only what failed: python -m flows.embed " in said
+    assert "64 samples = 64 embedded + 0 quarantined\n" in said
+    assert "quarantined: 00000.tar" not in said  # an earlier run's row, of a tar that is gone
+    assert "warning: no report.html: " in said
 
 
 def pairs(folder: Path) -> Path:
@@ -281,6 +310,16 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert [option for option in COMMON - {"--dataset"} if option not in short] == []
     assert main(["--help-all"]) == 0
     every = capsys.readouterr().out
+    assert "--no-pretrained            Random weights from a fixed seed" in every
+    words = " ".join(every.split())
+    for said in (
+        "default: quarantine",
+        "default: 178,000,000",
+        "default: 8.0GiB",
+        "(default: key)",
+        "exact, fast; default",
+    ):
+        assert said in words
     names = [name.replace("_", "-") for name in EmbedConfig.model_fields]
     assert [name for name in names if f"--{name}" not in every and f"--no-{name}" not in every] == ["dataset"]
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.cli import app
-from flows.config import GROUPS, EmbedConfig
+from flows.config import GROUPS, SWITCHED_OFF, EmbedConfig
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,17 @@ def test_a_limit_of_the_quarantine_is_a_share() -> None:
     for wrong in ("5", "-1%", "101%", "0.05", "%", ""):
         with pytest.raises(ValidationError, match="a percentage such as 5%"):
             limit(wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in EmbedConfig.model_fields if name not in {"dataset", "output"}])
+def test_a_default_that_is_said_is_the_default(name: str) -> None:
+    unsaid = EmbedConfig(dataset="/data", output="/out")
+    said = EmbedConfig(dataset="/data", output="/out", **{name: EmbedConfig.model_fields[name].default})
+    assert said.merge_options() == unsaid.merge_options()
+    assert said.strict_ids == unsaid.strict_ids
+    assert said.command() == unsaid.command()
+
+
+def test_every_switch_that_is_on_has_words_for_being_put_off() -> None:
+    on = [name for name, field in EmbedConfig.model_fields.items() if field.default is True]
+    assert sorted(SWITCHED_OFF) == sorted(f"--no-{name.replace('_', '-')}" for name in on)

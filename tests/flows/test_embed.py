@@ -23,7 +23,8 @@ from PIL import Image
 from embedders import TimmImageEmbedder
 from flows.demo_data import BROKEN
 from flows.embed import embed_dataset
-from tasks.report import Manifest
+from tasks.places import RELATIVE
+from tasks.report import Manifest, read_manifest
 
 MODEL = "tf_efficientnet_lite0"
 TINY = "test_vit.r160_in1k"
@@ -110,7 +111,10 @@ def test_the_account_names_every_sample(dali: tuple[Path, Manifest], demo_datase
     output, manifest = dali
     assert (manifest.samples, manifest.embedded, manifest.quarantined) == (256, 254, 2)
     assert manifest.quarantined_by_reason == {"not_an_image": 1, "truncated": 1}
-    assert json.loads((output / "manifest.json").read_text()) == manifest.model_dump(mode="json")
+    stored = json.loads((output / "manifest.json").read_text())
+    assert {name: stored[name] for name in stored if name != RELATIVE} == manifest.model_dump(mode="json")
+    assert stored[RELATIVE]["metadata"] == "metadata"
+    assert read_manifest(str(output)) == manifest
     quarantine = pq.read_table(output / "quarantine").to_pylist()
     assert {row["id"] for row in quarantine} == {f"{shard * 64 + sample:09}" for shard, sample in BROKEN}
     assert all(row["member"] == f"{row['id']}.jpg" and row["detail"] for row in quarantine)

@@ -76,7 +76,7 @@ def test_a_repeated_id_is_refused_or_set_aside_as_told(copied: tuple[Path, Path]
     manifest = embed(dataset, output)
     assert "id '000000003' is there twice, again in row 12" in manifest.failures["00000"]
     assert written(output)["metadata/00000.parquet"] == before["metadata/00000.parquet"]
-    manifest = embed(dataset, output, on_error="quarantine")
+    manifest = embed(dataset, output, repeated_ids="quarantine")
     assert (manifest.rows, manifest.rows_repeated, manifest.shards_failed) == (16, 1, 0)
     assert [row["detail"] for row in unmatched(output) if row["reason"] == "duplicate_id"] == [
         "row 12 of 00000.parquet repeats the id"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,10 @@ import pytest
 
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
-from flows.search import embed_image, main
+from flows.search import embed_image, embed_query, main
 from tasks.embed import EmbedOptions, embed_group
 from tasks.plan import MergeOptions, make_plan
-from tasks.report import Spent, account, write_manifest
+from tasks.report import Spent, account, read_manifest, write_manifest
 from tasks.search import nearest
 from tasks.shards import digest, find_shards
 from tasks.storage import Folder
@@ -60,7 +62,7 @@ def test_a_photograph_finds_itself(
     first = next(line for line in capsys.readouterr().out.splitlines() if ".tar/" in line)
     assert "00000.tar/000000005.jpg" in first
     assert float(re.findall(r"\d\.\d{4}", first)[0]) > 0.9999
-    page = (made / "out/search.html").read_text()
+    page = max((made / "out").glob("search*.html"), key=lambda page: page.stat().st_mtime).read_text()
     assert page.count("data:image/webp") == 13  # the query and twelve found
     assert "000000005.jpg" in page
 
@@ -102,6 +104,61 @@ def test_wrong_calls(made: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     assert "not_an_image" in fails(capsys, out, "--image", tmp_path / "page.jpg", *trained)
     assert "no manifest.json" in fails(capsys, tmp_path, "--image", photo)
     assert "--checkpoint" in fails(capsys, out, "--image", photo)
+
+
+def name_checkpoint(output: Path, checkpoint: Path) -> None:
+    """Write the manifest anew, with the weights file that the run was given."""
+    manifest = read_manifest(str(output))
+    write_manifest(manifest.model_copy(update={"checkpoint": str(checkpoint)}))
+
+
+def test_the_checkpoint_is_the_one_that_the_record_names(
+    made: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "out", tmp_path / "was/out")
+    shutil.copytree(made / "data", tmp_path / "was/data")
+    weights = tmp_path / "was/data/weights.safetensors"
+    shutil.copy(checkpoint, weights)
+    name_checkpoint(tmp_path / "was/out", weights)
+    call = ("--image", made / "photo.jpg")
+    assert main([*map(str, (tmp_path / "was/out", *call))]) == 0
+    (tmp_path / "was").rename(tmp_path / "now")
+    assert main([*map(str, (tmp_path / "now/out", *call))]) == 0
+    capsys.readouterr()
+    now = tmp_path / "now/data/weights.safetensors"
+    now.write_bytes(b"other weights")
+    assert f"{now} is another file by now; give the --checkpoint" in fails(capsys, tmp_path / "now/out", *call)
+    now.unlink()
+    said = fails(capsys, tmp_path / "now/out", *call)
+    assert f"was embedded with {weights}, which is not there any more; give --checkpoint" in said
+
+
+def test_a_hub_is_not_asked_for_what_is_on_this_machine(
+    made: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With weights in the hub's cache and a hub that takes connections and never answers."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        started = time.monotonic()
+        assert "give it with --checkpoint" in fails(capsys, made / "out", "--image", made / "photo.jpg")
+        repository = tmp_path / "hub/models--timm--tf_efficientnet_lite0.in1k"
+        for folder in ("blobs", "refs", "snapshots/abc"):
+            (repository / folder).mkdir(parents=True)
+        shutil.copy(checkpoint, repository / "blobs/etag")
+        (repository / "refs/main").write_text("abc")
+        (repository / "snapshots/abc/model.safetensors").symlink_to("../../blobs/etag")
+        shutil.copytree(made / "out", tmp_path / "out")
+        manifest = read_manifest(str(tmp_path / "out"))
+        made_by = manifest.embedder | {"weights": "model.safetensors:etag"}
+        query = embed_query(
+            str(made / "photo.jpg"), manifest.model_copy(update={"embedder": made_by, "checkpoint": ""}), None, None
+        )
+        assert time.monotonic() - started < 20
+    row = pq.read_table(made / "out/embeddings/00000.parquet").slice(5, 1)
+    assert float(query @ row["image_embedding"].to_numpy()[0]) > 0.99999
 
 
 def test_another_model_is_refused(
