@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,25 +127,32 @@ class Engine:
         self.device = device
         self.model = embedder.load_embedding_model(device)
 
-    def embed(self, shards: Iterable[OpenShard]) -> Iterator[EmbeddedShard]:
+    def embed(self, shards: Iterable[OpenShard], got_on: Callable[[], None] = lambda: None) -> Iterator[EmbeddedShard]:
         """Embed a stream of shards. Each is yielded once all its samples are accounted for, in no promised order.
 
         The newest shard waits: a custom embedder may yet give a vector for a sample that has no image.
+
+        Args:
+            shards: The shards, opened.
+            got_on: Called whenever a batch was loaded or embedded.
         """
         opened: dict[int, _Pending] = {}
         in_flight: deque[tuple[ShardBatch, Any, int]] = deque()
         waited = _Waited()
         for batch in self.embedder.batches(_watched(shards, opened), self.device):
             waited.count("decode")
+            got_on()
             in_flight.append((batch, self._forward(batch), max(opened)))
             if len(in_flight) >= IN_FLIGHT:
                 earlier, vectors, newest = in_flight.popleft()
                 self._settle(earlier, vectors, opened)
+                got_on()
                 waited.count("model")
                 yield from _completed(opened, newest, waited)
             waited.count("model")
         for batch, vectors, _ in in_flight:
             self._settle(batch, vectors, opened)
+            got_on()
         waited.count("model")
         yield from _completed(opened, max(opened, default=0) + 1, waited)
         for pending in opened.values():

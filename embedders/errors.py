@@ -1,5 +1,9 @@
 """The errors a person sees: one line that says what, where and what to do."""
 
+from __future__ import annotations
+
+import traceback
+
 
 class InputError(Exception):
     """The call or its input is wrong. Nothing was written; the command line ends with status 2."""
@@ -15,3 +19,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch's allocator for CPUs raises a plain RuntimeError
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def drop_locals(error: BaseException) -> None:
+    """Free what the functions that an error has left still hold: mapped files, vectors, batches.
+
+    An error keeps the frames it went through, and a frame keeps its variables and its caller. Where one of them
+    refers to the error again, as in `raise told from error` with both the same, none of it goes before garbage is
+    collected, which is seldom here. The lines of the traceback stay. Call it where an error is caught for good.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            traceback.clear_frames(found.__traceback__)
+            waiting += [found.__cause__, found.__context__]

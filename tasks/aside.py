@@ -6,139 +6,127 @@ sample; a GPU that takes 20,000 images a second leaves it 50 for everything.
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import logging
+import multiprocessing
 import os
-import pickle
-import select
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
+
+from tasks.cluster import main_module_hidden
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
-class SideProcess:
-    """A child interpreter that calls functions. It ends with its parent, however that ends."""
+SIDES = 3
+"""Side processes of a worker at most: a task that is indexed, and two whose shards are opened."""
+
+
+class SidePool:
+    """A pool of interpreters that call functions. They start as they are needed, and end with this process."""
 
     def __init__(self) -> None:
-        self.busy = threading.Lock()
-        self._ready = False
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-        )
+        self.broken = False
+        self._pool = ProcessPoolExecutor(SIDES, _Context(), initializer=_begin)
+        self._up: Future[None] = self._pool.submit(_import_early)
+        self._up.add_done_callback(_warn)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)`, a function of a module, and what it raises. Until the child is up it is called right here.
+        """Return `function(*args)`, a function of a module. Until a side process is up it is called right here.
 
-        :raises OSError: the child has died.
+        Raises:
+            OSError: A side process died, and the pool is of no use any more.
+            Exception: What the function raises.
         """
-        with self.busy:
-            return self._call(function, args)
-
-    def _call(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        if not self._is_ready():
+        if not self._up.done() or self._up.exception() is not None:
             return function(*args)
         try:
-            pickle.dump((function, args), self._in)
-            self._in.flush()
-            failed, value = pickle.load(self._out)
-        except (EOFError, BrokenPipeError) as error:
-            raise OSError(f"the process that reads shards died (status {self._child.wait()})") from error
-        if failed:
-            raise value
-        return value
-
-    @property
-    def alive(self) -> bool:
-        """Whether the child still runs."""
-        return self._child.poll() is None
+            return self._pool.submit(_answer, function, args).result()
+        except BrokenProcessPool as error:
+            self.broken = True
+            raise OSError("a process that reads shards died: out of memory, or a crash in native code") from error
 
     def close(self) -> None:
-        """End the child."""
-        with contextlib.suppress(BrokenPipeError):
-            self._in.close()
-        self._out.close()
-        self._child.wait()
-
-    @property
-    def _in(self) -> Any:
-        return self._child.stdin
-
-    @property
-    def _out(self) -> Any:
-        return self._child.stdout
-
-    def _is_ready(self) -> bool:
-        """Whether the child has said that it is."""
-        if not self._ready and select.select([self._out], [], [], 0)[0]:
-            self._ready = self._out.read(len(READY)) == READY
-        return self._ready
+        """End the side processes."""
+        self._pool.shutdown(cancel_futures=True)
 
 
-READY = b"ready\n"
-SIDES = 3
-"""Side processes a worker at most: a task that is indexed, and two whose shards are opened."""
-_sides: list[SideProcess] = []
+_pools: list[SidePool] = []
 _choosing = threading.Lock()
 
 
 def aside(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a side process of this process that has nothing to do, of a few that start as needed."""
-    side = _free_side()
-    try:
-        return side._call(function, args)
-    finally:
-        side.busy.release()
-
-
-def _free_side() -> SideProcess:
-    """A side process whose `busy` is held for the caller; waits for one where all are busy and no more may start."""
+    """Return `function(*args)`, called by this process's pool, which is made anew where a side process has died."""
     with _choosing:
-        _sides[:] = [side for side in _sides if side.alive]
-        for side in _sides:
-            if side.busy.acquire(blocking=False):
-                return side
-        if len(_sides) < SIDES:
-            _sides.append(SideProcess())
-            _sides[-1].busy.acquire()
-            return _sides[-1]
-        waited_for = _sides[0]
-        _sides.append(_sides.pop(0))  # the next one waits for another
-    waited_for.busy.acquire()
-    return waited_for
+        if not _pools or _pools[0].broken:
+            _pools[:] = [SidePool()]
+        pool = _pools[0]
+    return pool.call(function, *args)
 
 
-def serve() -> None:
-    """Call what comes on standard input and answer on standard output, until the input ends."""
+class _Process(SpawnProcess):
+    """A child that a Dask worker may have, and that does not run the user's script again.
+
+    Dask's workers are daemonic processes, which multiprocessing allows no children lest they are left behind. These
+    are not: they are daemonic too, which ends them where their parent ends in order, and `_begin` sees to the rest.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, daemon=True)
+
+    def start(self) -> None:
+        config = vars(multiprocessing.current_process())["_config"]
+        daemonic = config.pop("daemon", None)
+        try:
+            with main_module_hidden():
+                super().start()
+        finally:
+            if daemonic is not None:
+                config["daemon"] = daemonic
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+def _begin() -> None:
+    """Prepare a side process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this process
-    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a function prints is no answer
-    import tasks.index  # noqa: F401  # what will be called; its import takes seconds
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    answers.write(READY)
-    answers.flush()
-    while True:
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that ended: the pool's own pipes would stay open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _import_early() -> None:
+    """Import what will be called, which takes seconds."""
+    import tasks.index  # noqa: F401
+
+
+def _warn(up: Future[None]) -> None:
+    if not up.cancelled() and (error := up.exception()) is not None:
+        logger.warning("no process starts beside this one, so shards are read here, which is slower: %s", error)
+
+
+def _answer(function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    """Call a function; what it raises is something that the parent can make again from its pickle."""
+    try:
+        return function(*args)
+    except Exception as error:
         try:
-            function, args = pickle.load(calls)
-        except EOFError:
-            return
-        try:
-            answer = False, function(*args)
-        except Exception as error:
-            answer = True, error
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    serve()
+            copy.copy(error)
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,9 +40,9 @@ from tasks.shards import (
     seconds_in_work,
     with_record,
 )
-from tasks.staging import SPACE, Stage
+from tasks.staging import SPACE, Stage, StagedTar
 from tasks.vectors import vector_array, write_vectors
-from tasks.watch import Limit, Watch, end_this_worker
+from tasks.watch import Held, Limit, Step, end_this_worker, watch
 from tasks.worker import shared_engine
 
 
@@ -53,8 +54,8 @@ class EmbedOptions:
     since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
     how many each worker will see in the whole run, 0 where that is not known. `staging_space` bytes on the worker's
     disk hold tars of a store. `verify` has what is done already read and checked against its checksums.
-    `shard_timeout` is in seconds, None for what follows from a shard's size. `strict_ids` fails a shard whose metadata
-    repeats an id.
+    `shard_timeout` is in seconds without progress, None for what follows from a shard's size. `strict_ids` fails a
+    shard whose metadata repeats an id.
     """
 
     id_col: str
@@ -66,9 +67,6 @@ class EmbedOptions:
     verify: bool = False
     shard_timeout: float | None = None
     strict_ids: bool = True
-
-
-_watch = Watch()
 
 
 def resolve_device(device: str) -> str:
@@ -98,7 +96,7 @@ def _run_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedO
     thread.start()
     while thread.is_alive():
         thread.join(1)
-        waited = _watch.overdue(run.limit.base)
+        waited = watch.overdue()
         if waited is not None and thread.is_alive():
             end_this_worker()
             raise ShardsFailed(run.hung(shards, waited))
@@ -121,31 +119,31 @@ class _GroupRun:
         self.decoding: ImageEmbedder = embedder
         self.failures: dict[str, ShardFailure] = {}
         self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
+        self._held: dict[str, Held] = {}
         self._read: dict[str, float] = {}
         self._wrote = 0.0
 
     def go(self, shards: Sequence[Shard]) -> None:
-        unfinished: Exception | None = None
-        stage = Stage(self._missing(shards), self.options.staging_space)
-        with stage, ThreadPoolExecutor(1, "write") as writer:
-            writes: list[Future[None]] = []
-            try:
-                options, device = self.options, self.limit.device
-                with (
-                    shared_engine(self.embedder, options.fingerprint, device, options.images) as engine,
-                    contextlib.closing(self._opened(stage)) as opened,
-                ):
-                    self.decoding = engine.embedder
-                    for embedded in engine.embed(opened):
-                        writes.append(writer.submit(self._write, embedded))
-                        if len(writes) > 2:  # do not run ahead of the disk
-                            writes.pop(0).result()
-            except Exception as error:  # whatever it is, it fails these shards and no others
-                unfinished = error
-            for write in writes:
-                write.result()
-        if unfinished is not None:
-            self._fail_the_rest(shards, unfinished)
+        """Run; whatever goes wrong fails these shards and no others."""
+        try:
+            stage = Stage(self._missing(shards), self.options.staging_space)
+            with stage, ThreadPoolExecutor(1, "write") as writer:
+                self._embed(stage, writer)
+        except BaseException as error:  # nobody else would hear of it: this is a thread's last frame
+            self._fail_the_rest(shards, error)
+
+    def _embed(self, stage: Stage, writer: ThreadPoolExecutor) -> None:
+        options, device = self.options, self.limit.device
+        writes: deque[Future[None]] = deque()
+        with (
+            shared_engine(self.embedder, options.fingerprint, device, options.images) as engine,
+            contextlib.closing(self._opened(stage)) as opened,
+        ):
+            self.decoding = engine.embedder
+            for embedded in engine.embed(opened):
+                writes.append(writer.submit(self._write, embedded))
+                if len(writes) > 2:  # do not run ahead of the disk
+                    writes.popleft().result()
 
     def _missing(self, shards: Sequence[Shard]) -> Iterator[Shard]:
         for shard in shards:
@@ -160,22 +158,28 @@ class _GroupRun:
         for tar in stage:
             shard, stack = tar.shard, contextlib.ExitStack()
             stack.callback(tar.release)
-            stack.callback(_watch.leave, shard.name)
-            _watch.take(shard.name, self.limit.of(shard.tar_bytes, 0))
             try:
-                began = time.monotonic()
-                path = tar.path()
-                opened = self._describe(shard, path)
-                check_unchanged(shard)
-                _watch.take(shard.name, self.limit.of(shard.tar_bytes, len(opened.ids)))
-                opened.read_ahead()
-                self._read[shard.name] = time.monotonic() - began
+                opened = self._open_tar(tar, stack)
             except Exception as error:
-                stack.close()
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
+                stack.close()
                 continue
-            self._open[path] = shard, stack
+            self._open[opened.path] = shard, stack
             yield opened
+
+    def _open_tar(self, tar: StagedTar, stack: contextlib.ExitStack) -> OpenShard:
+        """Map a tar, which `stack` undoes, with its samples."""
+        shard, began = tar.shard, time.monotonic()
+        held = self._held[shard.name] = watch.take(self.limit.bytes(shard.tar_bytes))
+        stack.callback(watch.leave, held)
+        path = tar.path(lambda: watch.got_on(held))
+        opened = self._describe(shard, path)
+        stack.callback(_unmap, opened)
+        check_unchanged(shard)
+        opened.read_ahead()
+        self._read[shard.name] = time.monotonic() - began
+        watch.move(held, Step.EMBED, self.limit.samples(len(opened.ids)))
+        return opened
 
     def _describe(self, shard: Shard, path: str) -> OpenShard:
         """The shard, mapped; a GPU's thread must not wait for the Python that reads headers and ids."""
@@ -195,8 +199,9 @@ class _GroupRun:
 
     def _write(self, embedded: EmbeddedShard) -> None:
         shard, stack = self._open.pop(embedded.shard.path)
-        with stack:
-            try:
+        watch.move(self._held[shard.name], Step.WRITE, self.limit.bytes(embedded.vectors.nbytes))
+        try:
+            with stack:
                 if self.options.raise_on_bad_image and embedded.quarantined:
                     first = embedded.quarantined[0]
                     raise MalformedShard(
@@ -210,33 +215,41 @@ class _GroupRun:
                 self._wrote = time.monotonic() - began  # the next shard's record tells it: a file cannot tell its own
                 self.fresh.append(record)
                 self._note(shard, record)
-            except Exception as error:
-                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+        except BaseException as error:
+            self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
     def _note(self, shard: Shard, record: EmbeddingRecord) -> None:
         self.records.append(record)
         self.done.add(shard.name)
 
-    def _fail_the_rest(self, shards: Sequence[Shard], error: Exception) -> None:
-        for _, stack in self._open.values():
-            stack.close()
+    def _fail_the_rest(self, shards: Sequence[Shard], error: BaseException) -> None:
         for shard in shards:
             if shard.name not in self.failures and shard.name not in self.done:
                 self.failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
+        for _, stack in self._open.values():
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                stack.close()
 
     def hung(self, shards: Sequence[Shard], waited: float) -> list[ShardFailure]:
         """The failures of a group that does not get on, with what can be tried apart from the others."""
-        found = dict(self.failures)
+        found, now = dict(self.failures), time.monotonic()
         for shard in shards:
             if shard.name in self.done or shard.name in found:
                 continue
+            held = self._held.get(shard.name)
             why = (
-                f"hangs: nothing got on for {waited:.0f} s, the limit for its size; --shard-timeout sets another"
-                if _watch.holds(shard.name)
+                f"hangs: nothing got on for {waited:.0f} s; --shard-timeout sets another limit"
+                if held is not None and held.waited(now) is not None
                 else "waited behind a shard that hangs"
             )
             found[shard.name] = ShardFailure(shard.name, why, transient=False, alone=True)
         return list(found.values())
+
+
+def _unmap(opened: OpenShard) -> None:
+    """Close a mapped tar now, whoever still refers to it; one that a loader still reads goes when it has."""
+    with contextlib.suppress(BufferError):
+        opened.data.close()
 
 
 def write_embeddings(
@@ -304,8 +317,9 @@ def write_quarantine(table: pa.Table, path: str) -> None:
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """The versions of what makes the vectors."""
+    """The versions of what makes the vectors; not to be changed."""
     names = ("torch", "timm", "nvidia-dali-cuda120", "pillow", "pyarrow")
     found = {"python": platform.python_version()}
     for name in names:

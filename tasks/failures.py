@@ -8,6 +8,8 @@ from typing import Any
 
 from prefect.tasks import exponential_backoff
 
+from embedders.errors import drop_locals
+
 PERMANENT_IO = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -23,7 +25,8 @@ class ShardFailure:
 
     @classmethod
     def of(cls, shard: str, error: BaseException) -> ShardFailure:
-        """The failure that an exception stands for."""
+        """Return the failure that an exception stands for; the exception keeps nothing alive any more."""
+        drop_locals(error)
         text = " ".join(str(error).split())
         kind = type(error).__name__
         if kind == "KilledWorker":  # Dask's, whose text is about its own settings

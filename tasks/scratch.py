@@ -1,4 +1,8 @@
-"""Room on the local disk for what only passes through: tars of a store, and files on their way to one."""
+"""Room on the local disk for what only passes through: tars of a store, and files on their way to one.
+
+The folder lies where anybody may write, so nothing about it is taken on trust: it must be a folder of this user's and
+no link, and of what lies in it only what carries our mark is ever removed.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,75 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+
+MARK = ".shard-embed-scratch"
+"""A file in each folder made here. Its lock is held as long as the folder's process lives."""
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
-    """A folder of this process on the local disk, below TMPDIR; it goes when the block ends.
+    """Make a folder of this process below TMPDIR, which goes when the block ends.
 
-    Those of processes that were killed go too: a folder in use is locked, and the system takes a lock back with its
-    process.
+    Those of processes that were killed go too: a folder in use has its mark locked, and the system takes a lock back
+    with its process.
 
-    :raises OSError: the place belongs to another user, or is full.
+    Raises:
+        PermissionError: The place is a link, no folder, or another user's.
+        OSError: The disk is full.
     """
     root = os.path.join(tempfile.gettempdir(), f"shard-embed-{os.getuid()}")
-    os.makedirs(root, mode=0o700, exist_ok=True)
-    if os.stat(root).st_uid != os.getuid():
-        raise PermissionError(f"{root} belongs to another user; set TMPDIR to a folder of your own")
-    with _locked(root):
-        _remove_leftovers(root)
+    with _own_folder(root) as root_fd:
+        _remove_leftovers(root_fd)
         folder = tempfile.mkdtemp(dir=root)
-        mine = os.open(folder, os.O_RDONLY)
-        fcntl.flock(mine, fcntl.LOCK_EX)
+        mark = os.open(os.path.join(folder, MARK), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(mark, fcntl.LOCK_EX)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(mine)
+        os.close(mark)
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+def _own_folder(path: str) -> Iterator[int]:
+    """Open and lock a folder that only this user can write to; make it if it is missing."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
     try:
+        handle = os.open(path, _FOLDER)
+    except OSError as error:
+        what = "is a link" if os.path.islink(path) else f"cannot be used ({error.strerror})"
+        raise PermissionError(f"{path} {what}; remove it, or set TMPDIR to a folder of your own") from error
+    try:
+        if os.fstat(handle).st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user; set TMPDIR to a folder of your own")
+        os.fchmod(handle, 0o700)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
 
-def _remove_leftovers(root: str) -> None:
-    """Remove the folders that no living process holds."""
-    for entry in os.scandir(root):
+def _remove_leftovers(root: int) -> None:
+    """Remove the folders that carry our mark and that no living process holds."""
+    for name in os.listdir(root):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            handle = os.open(entry.path, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry.path, ignore_errors=True)
+            folder = os.open(name, _FOLDER, dir_fd=root)
+            stack.callback(os.close, folder)
+            mark = os.open(MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            stack.callback(os.close, mark)
+            if not _is_own_file(mark):
+                continue
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(name, ignore_errors=True, dir_fd=root)  # follows no link, below the folder either
+
+
+def _is_own_file(handle: int) -> bool:
+    """Whether an open file is an ordinary one of this user's."""
+    status = os.fstat(handle)
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()

@@ -8,8 +8,8 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -25,6 +25,9 @@ DOWNLOADS = 4
 
 STREAMS = 16
 """Requests at once: a store gives each some 50 to 100 MB/s, a GPU wants over 1 GB/s."""
+
+POLL_SECONDS = 1.0
+"""How often it is looked whether a download gets on."""
 
 PART = 8 << 20
 """Bytes of a request. `STREAMS` of them are in memory at once."""
@@ -57,15 +60,22 @@ class StagedTar:
     """A tar on its way to the local disk. Whoever took it from the stage releases it."""
 
     shard: Shard
+    place: str
     coming: Future[str]
     stage: Stage
 
-    def path(self) -> str:
+    def path(self, got_on: Callable[[], None] = lambda: None) -> str:
         """Its path, once it is there, whole and verified.
 
+        :param got_on: called now and then while bytes of it arrive.
         :raises OSError: the store did not give it, or the disk is full.
         :raises ShardReplaced: it is no longer the tar that the run was planned for.
         """
+        arrived = 0
+        while wait([self.coming], POLL_SECONDS).not_done:
+            before, arrived = arrived, _bytes_on_disk(self.place)
+            if arrived > before:
+                got_on()
         return self.coming.result()
 
     def release(self) -> None:
@@ -129,8 +139,8 @@ class Stage:
         """Remove a tar that was downloaded, and go on with what waits for its room."""
         if tar.shard.source.is_local:
             return
-        with contextlib.suppress(Exception):  # one that failed removed itself
-            os.unlink(tar.coming.result())
+        with contextlib.suppress(OSError):  # one that failed removed itself
+            os.unlink(tar.place)
         with self._lock:
             if self._stopped.is_set():
                 return
@@ -154,21 +164,22 @@ class Stage:
         """Start the download of the next shard, if there is room for it."""
         coming: Future[str]
         if shard.source.is_local:
-            coming = Future()
-            coming.set_result(shard.source.path(shard.tar))
+            place, coming = shard.source.path(shard.tar), Future()
+            coming.set_result(place)
         elif not _room.take(shard.tar_bytes, space):
             return False
         else:
             self._taken += shard.tar_bytes
             self._folder = self._folder or self._ends.enter_context(scratch())
             self._count += 1
-            coming = self._downloads.submit(self._download, shard, os.path.join(self._folder, str(self._count)))
+            place = os.path.join(self._folder, str(self._count), os.path.basename(shard.tar))
+            coming = self._downloads.submit(self._download, shard, place)
         self._next = None
-        self._staged.append(StagedTar(shard, coming, self))
+        self._staged.append(StagedTar(shard, place, coming, self))
         return True
 
-    def _download(self, shard: Shard, folder: str) -> str:
-        path = os.path.join(folder, os.path.basename(shard.tar))
+    def _download(self, shard: Shard, path: str) -> str:
+        folder = os.path.dirname(path)
         try:
             os.mkdir(folder)
             self._fetch(shard, path)
@@ -207,6 +218,14 @@ class Stage:
                 for waiting in parts:  # the file is closed only when nobody writes to it
                     if not waiting.cancel():
                         waiting.exception()
+
+
+def _bytes_on_disk(path: str) -> int:
+    """Return the bytes of a file that were written so far, whatever size it was given before."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except OSError:
+        return 0
 
 
 def _write_at(handle: int, data: bytes, at: int) -> None:

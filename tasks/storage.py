@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 import fsspec
 
-from embedders.errors import InputError
+from embedders.errors import InputError, drop_locals
 from tasks.scratch import scratch
 from tasks.stores import (
     PERMANENT,
@@ -356,13 +356,17 @@ class Folder:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                told = as_os_error(error)
-                if told is None:
-                    raise
-                if self.is_local or isinstance(told, PERMANENT) or beyond_the_end(told) or attempt == TRIES - 1:
-                    raise told from error
+                drop_locals(error)  # fsspec's own frames refer to it
+                if attempt == TRIES - 1 or not self._may_pass(error):
+                    raise as_os_error(error)  # noqa: B904  # its cause is set there
             time.sleep(0.2 * 3**attempt * random.uniform(0.5, 1.5))  # 0.2, 0.6, 1.8 s, give or take half
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _may_pass(self, error: Exception) -> bool:
+        """Whether a store's error may be gone at the next attempt."""
+        told = as_os_error(error)
+        lasts = self.is_local or not isinstance(told, OSError) or isinstance(told, PERMANENT)
+        return not lasts and not beyond_the_end(told)
 
 
 def parted(place: str) -> tuple[Folder, str]:

@@ -15,21 +15,28 @@ PACKAGES |= {"abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub", "sftp": "p
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|sig|secret|password|credential|key)[^=&]*=", re.IGNORECASE)
 
 
-def as_os_error(error: Exception) -> OSError | None:
-    """The OSError that a store client's error stands for; None for what is no store's error."""
+def as_os_error(error: Exception) -> Exception:
+    """Return the OSError that a store client's error stands for, with that as its cause.
+
+    What is an OSError already, or no store's error, comes back as it is: never raise it `from` itself, since an error
+    that is its own cause keeps every frame it went through.
+    """
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _package(cause) == "aiohttp":
         error = cause  # fsspec calls whatever an HTTP server answers "not found"
     if not _package(error):
-        return error if isinstance(error, OSError) else None
+        return error
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     names = {base.__name__ for base in type(error).__mro__}
     text = f"{type(error).__name__}: {one_line(error)}"
+    kind = OSError
     if names & {"NoCredentialsError", "CredentialRetrievalError", "PartialCredentialsError"} or status in {401, 403}:
-        return PermissionError(text)
+        kind = PermissionError
     if names & {"ParamValidationError", "RepositoryNotFoundError", "EntryNotFoundError"} or status in {404, 410}:
-        return FileNotFoundError(text)
-    return OSError(text)
+        kind = FileNotFoundError
+    told = kind(text)
+    told.__cause__ = error
+    return told
 
 
 def _package(error: BaseException) -> str:

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 
 from embedders.base import ImageEmbedder
 from embedders.engine import EmbeddedShard, Engine
+from embedders.errors import drop_locals
 from embedders.fingerprint import of_value_or_type
 from embedders.webdataset import OpenShard
 from tasks.shards import digest
+from tasks.watch import watch
 
 PATIENCE = 1.0
 """Seconds that batches in flight wait for the next shard while one is being opened; then they are finished."""
@@ -32,6 +34,9 @@ GARBAGE = (50_000, 20, 100)
 ones are."""
 
 TICK = 0.005
+
+TURN = 30.0
+"""Seconds for which tasks go on to get the engine that is there while one waits for another: loading takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,29 @@ class SharedEngine:
             return
         collect_garbage_seldom()
         made.put(engine)
-        while (first := self._line.get()) is not None:
-            owners: dict[int, _Task] = {}
-            try:
-                for embedded in engine.embed(self._stream(first, owners)):
-                    owners.pop(id(embedded.shard)).deliver(embedded)
-            except BaseException as error:
-                self.failure = error
-                for task in {*owners.values(), *self._waiting()}:
-                    task.deliver(error)
-                return
+        while self._serve(engine):
+            pass
+        del engine  # an error it failed with keeps this frame
+
+    def _serve(self, engine: Engine) -> bool:
+        """Embed what comes until there is none for a while; False once nothing will come, or the engine has failed.
+
+        A function of its own, so that an idle engine holds no shard.
+        """
+        first = self._line.get()
+        if first is None:
+            return False
+        owners: dict[int, _Task] = {}
+        try:
+            for embedded in engine.embed(self._stream(first, owners), watch.batch):
+                owners.pop(id(embedded.shard)).deliver(embedded)
+        except BaseException as error:
+            drop_locals(error)
+            self.failure = error
+            for task in {*owners.values(), *self._waiting()}:
+                task.deliver(error)
+            return False
+        return True
 
     def _stream(self, first: tuple[OpenShard, _Task], owners: dict[int, _Task]) -> Iterator[OpenShard]:
         """The shards in line, until there is none and none to be expected soon."""
@@ -190,13 +208,43 @@ def collect_garbage_seldom() -> None:
     gc.set_threshold(*GARBAGE)
 
 
+@dataclass(eq=False)
+class _Request:
+    """A task that waits for an engine."""
+
+    name: str
+    since: float = field(default_factory=time.monotonic)
+
+
 @dataclass
 class _Kept:
-    """The engine of this process, what it is for, and how many tasks use it now."""
+    """The engine of this process, what it is for, how many tasks use it now, and which wait, the oldest first."""
 
     name: str = ""
     engine: SharedEngine | None = None
     users: int = 0
+    waiting: list[_Request] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        return self.engine is not None and self.engine.failure is None
+
+    def serves(self, request: _Request) -> bool:
+        """Whether it is a request's turn.
+
+        One for the engine that is there goes first, until one for another engine has waited for `TURN` seconds. A
+        worker's memory has room for one model, so that one has to wait until nobody uses this one.
+        """
+        others = [other for other in self.waiting if other.name != self.name or not self.usable]
+        if request not in others:
+            return not others or time.monotonic() - others[0].since < TURN
+        return not self.users and request is others[0]
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self.engine is not None:
+            self.engine.close()
+        self.engine, self.name = None, ""
 
 
 _kept = _Kept()
@@ -207,25 +255,25 @@ _changed = threading.Condition()
 def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images: int = 0) -> Iterator[SharedEngine]:
     """This process's engine for an embedder: made once, kept until another one is asked for and nobody uses it.
 
+    Tasks of runs with different embedders take turns.
+
     :param fingerprint: the digest of the embedder's fingerprint.
     :param images: how many this worker will probably see in all; 0 if that is not known.
     """
     # Every task brings a copy of its own: copies that would load the same model must have one name.
     public = {k: of_value_or_type(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
     name = digest([fingerprint, public, device])
+    request = _Request(name)
     with _changed:
-        # A worker's memory has room for one model.
-        _changed.wait_for(lambda: not _kept.users or (_kept.name == name and _usable(_kept.engine)))
-        if _kept.name != name or not _usable(_kept.engine):
-            if _kept.engine is not None:
-                _kept.engine.close()
-            _kept.engine, _kept.name = None, name
-
-            def make() -> Engine:
-                embedder.expect(images)
-                return Engine(embedder, device)
-
-            _kept.engine = SharedEngine(make)
+        _kept.waiting.append(request)
+        try:
+            _changed.wait_for(lambda: _kept.serves(request))
+            if _kept.name != name or not _kept.usable:
+                _kept.close()
+                _kept.engine, _kept.name = SharedEngine(lambda: _make(embedder, device, images)), name
+        finally:
+            _kept.waiting.remove(request)
+            _changed.notify_all()
         engine = _kept.engine
         assert engine is not None
         _kept.users += 1
@@ -234,8 +282,11 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
     finally:
         with _changed:
             _kept.users -= 1
+            if not _kept.users and not _kept.usable:
+                _kept.close()  # what it failed with holds the model and shards
             _changed.notify_all()
 
 
-def _usable(engine: SharedEngine | None) -> bool:
-    return engine is not None and engine.failure is None
+def _make(embedder: ImageEmbedder, device: str, images: int) -> Engine:
+    embedder.expect(images)
+    return Engine(embedder, device)

@@ -244,3 +244,41 @@ def test_keys_by_the_last_dot_join_their_metadata(
     (by_last,) = embed([shard], tiny)
     assert (by_last.embedded, by_last.quarantined) == (2, {})
     assert read_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]
+
+
+class Leaves(Lengths):
+    """Raises, in the engine or while its result is written, what it is given."""
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        super().__init__()
+        self._where, self._error = where, error
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        if self._where == "engine":
+            raise self._error
+        return super().load_embedding_model(device)
+
+    @property
+    def decoder(self) -> str:
+        if self._where == "write":
+            raise self._error
+        return ""
+
+
+@pytest.mark.parametrize("where", ["engine", "write"])
+@pytest.mark.parametrize(
+    ("error", "line", "transient"),
+    [
+        (SystemExit(3), "SystemExit: 3", False),
+        (OSError("the disk went away"), "OSError: the disk went away", True),
+    ],
+)
+def test_whatever_leaves_a_groups_loop_is_a_failure_of_its_shards(
+    make_shard: MakeShard, where: str, error: BaseException, line: str, transient: bool
+) -> None:
+    shards = [make_shard("0"), make_shard("1")]
+    with pytest.raises(ShardsFailed) as caught:
+        embed(shards, Leaves(where, error))
+    assert [(f.shard, f.error, f.transient) for f in sorted(caught.value.failures, key=lambda f: f.shard)] == [
+        (shard.name, line, transient) for shard in shards
+    ]

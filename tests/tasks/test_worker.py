@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tasks.worker
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.base import ShardBatch
 from embedders.webdataset import OpenShard, open_shard
@@ -185,6 +187,32 @@ def test_an_engine_that_fails_fails_all_its_tasks_and_the_next_gets_a_new_one(pa
     assert found == ["the decoder went away"] * 2
     assert ids(paths[:1], embedder, "broken") == expected([0])
     assert len(embedder._models) == 2
+
+
+def test_a_run_with_another_embedder_gets_its_turn(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run's tasks overlap, so that its engine is never without a user; the other's wait all the same."""
+    monkeypatch.setattr(tasks.worker, "TURN", 0.3)
+    over, longest = threading.Event(), 60.0
+
+    def busy(delay: float) -> None:
+        time.sleep(delay)
+        until = time.monotonic() + longest
+        while not over.is_set() and time.monotonic() < until:
+            with shared_engine(Sizes(), "busy", "cpu"):
+                over.wait(0.2)
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(busy, delay) for delay in (0.0, 0.1)]
+        time.sleep(0.3)
+        began = time.monotonic()
+        try:
+            assert ids(paths[:1], Sizes(), "waits") == expected([0])
+            waited = time.monotonic() - began
+        finally:
+            over.set()
+        for other in others:
+            other.result(20)
+    assert waited < 20
 
 
 def test_a_task_that_leaves_does_not_hold_the_others_up(paths: list[str]) -> None:
