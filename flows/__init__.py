@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flows.home import provide_home
+
 if TYPE_CHECKING:
     from flows.dataset import ImageTextPairDataset, get_client
+
+provide_home()
 
 __all__ = ["ImageTextPairDataset", "get_client"]
 

@@ -22,7 +22,7 @@ from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOp
 from flows.interrupt import Terminated, noticing_prefects_signal
 from flows.progress import Progress, Several, Silent
 from flows.report import REPORT, write_report
-from flows.server import LocalServer, has_server, prefect_server, shared, started_early
+from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
 from flows.work import Course, HandedOver, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from tasks.cluster import OwnCluster, choose_device, choose_workers, own_cluster, task_runner
 from tasks.counted import counted
@@ -130,6 +130,8 @@ def _run(
     server: LocalServer | None,
     early: OwnCluster | None,
 ) -> Manifest:
+    if has_server():
+        check_server()
     work = prepare(config, embedder)
     if work.embedder.notice:
         progress.note(work.embedder.notice)
@@ -268,9 +270,8 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     failures: dict[str, ShardFailure] = {}
     plan, first, anything = work.plan, 0.0, work.anything
     if anything:
-        address = str(config.scheduler) if cluster is None else cluster.address()
         with (
-            task_runner(address) as runner,
+            (task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner()) as runner,
             progress,
             noticing_prefects_signal(),
         ):

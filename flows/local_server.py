@@ -1,6 +1,6 @@
 """A local Prefect server in a process of its own: it ends with the run that started it, however that ends.
 
-Run by path, with the port and the process id of the run.
+Run by path, with the descriptor of the socket to listen on and the process id of the run.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 
 PR_SET_PDEATHSIG = 1
@@ -20,13 +21,16 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def main(port: int, parent: int) -> None:
-    """Serve until told to stop. Exit status 3: the port is taken."""
+def main(descriptor: int, parent: int) -> None:
+    """Serve until told to stop. What is wrong goes to standard error, and the exit status is not 0."""
     end_with_parent(parent)
     import uvicorn
 
     app = "prefect.server.api.server:create_app"
-    uvicorn.run(app, factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    server = uvicorn.Server(uvicorn.Config(app, factory=True, log_level="error", lifespan="on"))
+    server.run(sockets=[socket.socket(fileno=descriptor)])
+    if not server.started:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

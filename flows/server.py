@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from embedders.errors import InputError
+from tasks.cluster import LOOPBACK
+from tasks.stores import has_secret, redacted
 
 LOCAL_SERVER = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -18,6 +25,7 @@ LOCAL_SERVER = {
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
 }
 EPHEMERAL = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception)\b")
 SECONDS_TO_START = 60.0
 SECONDS_TO_STOP = 3.0
 RESTARTS = 5
@@ -30,15 +38,45 @@ def has_server() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
+def check_server() -> None:
+    """Prove that the configured Prefect server answers, takes our password and is of a version that fits.
+
+    Raises:
+        InputError: It does not; says which server, why, and what to do.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = str(PREFECT_API_URL.value())
+    url = redacted(url) if has_secret(url) else url
+    try:
+        with get_client(sync_client=True) as client:
+            if isinstance(error := client.api_healthcheck(), httpx.TransportError):
+                raise error
+            client.raise_for_api_version_mismatch()
+    except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
+        cause = " ".join(str(error.__cause__ or error).split("\n")[0].split()).rstrip(".")
+        raise InputError(
+            f"PREFECT_API_URL={url}: this Prefect server cannot be used ({cause}); start it, correct the address or "
+            "PREFECT_API_AUTH_STRING, or unset PREFECT_API_URL for a run with a server of its own"
+        ) from error
+
+
 class LocalServer:
-    """A Prefect server on loopback, started again on its port if it dies: its database is a file, so the run goes on.
+    """A Prefect server on loopback, started again if it dies: its database is a file, so the run goes on.
 
     Like `prefect.server.api.server.SubprocessASGIServer`, which neither notices a death nor ends with its parent.
+    Only who knows its password can use it; the run's processes have it in their environment, which no other user sees.
+    Its port is opened here and stays ours, so that nobody else can take it, and get the password, while it is down.
     """
 
     def __init__(self) -> None:
         """Start it. It answers after some seconds; see `wait`."""
-        self.port = _free_port()
+        self.auth_string = f"run:{secrets.token_urlsafe()}"
+        self._socket = socket.create_server((LOOPBACK, 0))
+        self.port = int(self._socket.getsockname()[1])
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
         self.process = self._start()
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -46,7 +84,7 @@ class LocalServer:
     def wait(self) -> None:
         """Wait until it answers, and keep it running from then on.
 
-        :raises RuntimeError: it does not start.
+        :raises InputError: it does not start; says why.
         """
         if self._keeper is None:
             self._wait_until_it_answers()
@@ -56,7 +94,12 @@ class LocalServer:
     @property
     def api_url(self) -> str:
         """Where the API answers."""
-        return f"http://127.0.0.1:{self.port}/api"
+        return f"http://{LOOPBACK}:{self.port}/api"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What processes need in their environment to use it."""
+        return {"PREFECT_API_URL": self.api_url, "PREFECT_API_AUTH_STRING": self.auth_string}
 
     def stop(self) -> None:
         """End it."""
@@ -69,16 +112,25 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._socket.close()
+        self._said.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         from prefect.settings import get_current_settings
 
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        own = {
+            "PREFECT_SERVER_API_AUTH_STRING": self.auth_string,
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # for `_did_not_start`; no person sees it
+        }
         # -P: the folder of this file is no place to import from. A session of its own: Ctrl-C is for the run, which
         # needs the server to say so.
         script = Path(__file__).with_name("local_server.py")
         return subprocess.Popen(
-            [sys.executable, "-P", str(script), str(self.port), str(os.getpid())],
-            env=os.environ | EPHEMERAL | get_current_settings().to_environment_variables(exclude_unset=True),
+            [sys.executable, "-P", str(script), str(self._socket.fileno()), str(os.getpid())],
+            env=os.environ | EPHEMERAL | settings | own,
+            pass_fds=[self._socket.fileno()],
+            stderr=self._said,
             start_new_session=True,
         )
 
@@ -88,35 +140,38 @@ class LocalServer:
         until = time.monotonic() + SECONDS_TO_START
         try:
             while time.monotonic() < until:
-                if self.process.poll() == 3:  # somebody was faster to take the port
-                    self.port = _free_port()
-                    self.process = self._start()
-                elif self.process.poll() is not None:
-                    raise RuntimeError(f"the local Prefect server ended with status {self.process.returncode}")
+                if self.process.poll() is not None:
+                    raise InputError(self._did_not_start(f"it ended with status {self.process.returncode}"))
                 with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{self.api_url}/health", timeout=5).status_code == 200:
+                    if httpx.get(f"{self.api_url}/health", timeout=1).status_code == 200:
                         return
                 time.sleep(0.1)
-            raise RuntimeError(f"the local Prefect server did not start within {SECONDS_TO_START:.0f} s")
+            raise InputError(self._did_not_start(f"no answer within {SECONDS_TO_START:.0f} s"))
         except BaseException:
             self.process.kill()
             self.process.wait()
             raise
 
+    def _did_not_start(self, what: str) -> str:
+        """Return one line for a person: what happened, the server's own error, and what to do."""
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if ERROR_LINE.match(line)]
+        said = (errors or lines or ["it said nothing"])[-1]
+        return (
+            f"the local Prefect server did not start: {what} ({said}); set PREFECT_HOME to a folder that you can write "
+            "to, or PREFECT_API_URL to a server that runs"
+        )
+
     def _keep(self) -> None:
-        for _ in range(RESTARTS):
+        for restarts_left in reversed(range(RESTARTS + 1)):
             while self.process.poll() is None:
                 if self._stopping.wait(0.2):
                     return
-            if self._stopping.is_set():
-                return
+            if self._stopping.is_set() or not restarts_left:
+                break
             self.process = self._start()
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        self._socket.close()  # whoever still calls is refused at once
 
 
 @contextlib.contextmanager
@@ -147,14 +202,15 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
         yield None
         return
     from prefect.logging.handlers import APILogHandler
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     with _environment(LOCAL_SERVER):
         server = started or LocalServer()
         try:
             if wait:
                 server.wait()
-            with shared(server), temporary_settings({PREFECT_API_URL: server.api_url}):
+            settings = {PREFECT_API_URL: server.api_url, PREFECT_API_AUTH_STRING: server.auth_string}
+            with shared(server), temporary_settings(settings):
                 try:
                     yield server
                 finally:
@@ -167,17 +223,26 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
 @contextlib.contextmanager
 def shared(server: LocalServer) -> Iterator[None]:
     """Tell the processes that are started within the block of the server."""
-    with _environment(LOCAL_SERVER | {"PREFECT_API_URL": server.api_url}):
+    with _environment(LOCAL_SERVER, server.environment):
         yield
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started within the block; what the user has set stays."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
+def _environment(defaults: Mapping[str, str], needed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Set environment variables for the processes started within the block.
+
+    Args:
+        defaults: What the user has set goes before these.
+        needed: These go before what the user has set.
+    """
+    added = {name: value for name, value in defaults.items() if name not in os.environ} | dict(needed or {})
+    before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from embedders.errors import InputError
 
 if TYPE_CHECKING:
+    from distributed.security import Security
     from prefect_dask import DaskTaskRunner
 
 LOOPBACK = "127.0.0.1"
@@ -143,16 +144,27 @@ async def _workers(address: str) -> int:
 
 
 class OwnCluster:
-    """A cluster of our own, which starts in the background: a run has other things to wait for meanwhile."""
+    """A cluster of our own, which starts in the background: a run has other things to wait for meanwhile.
+
+    Who can send messages to a scheduler or a worker can run code as its owner, and every user of a machine can connect
+    to its loopback. So these speak TLS only, by certificates made for this cluster, which are held in memory.
+    """
 
     def __init__(self, device: str, workers: int) -> None:
+        from distributed.security import Security
+
+        self._security = Security.temporary()
         self._pool = ThreadPoolExecutor(1, "cluster")
-        self._cluster = self._pool.submit(_start, device, workers)
+        self._cluster = self._pool.submit(_start, device, workers, self._security)
         self._pool.submit(self._import_early)
 
     def address(self) -> str:
         """The scheduler's address, once the workers are there."""
         return str(self._cluster.result().scheduler_address)
+
+    def task_runner(self) -> DaskTaskRunner:
+        """Prefect's task runner on it, once the workers are there."""
+        return task_runner(self.address(), self._security)
 
     def close(self) -> None:
         """End its processes."""
@@ -164,7 +176,10 @@ class OwnCluster:
         """Have the packages that every task needs imported before there is one."""
         from distributed import Client
 
-        with contextlib.suppress(Exception), Client(self.address(), set_as_default=False) as client:
+        with (
+            contextlib.suppress(Exception),
+            Client(self.address(), security=self._security, set_as_default=False) as client,
+        ):
             client.run(import_early)
 
 
@@ -179,16 +194,19 @@ def own_cluster(device: str, workers: int) -> Iterator[OwnCluster]:
             cluster.close()
 
 
-def _start(device: str, workers: int) -> Any:
-    if device == "cuda":
-        from dask_cuda import LocalCUDACluster
+def _start(device: str, workers: int, security: Security) -> Any:
+    import dask
 
-        _set_environment(_threads(max(1, available_cores() // workers)) | GPU_ENVIRONMENT)
-        return LocalCUDACluster(**_gpu_cluster(workers))
-    from distributed import LocalCluster
+    threads = _threads(max(1, available_cores() // workers))
+    environment = threads | GPU_ENVIRONMENT if device == "cuda" else CPU_ENVIRONMENT
+    with dask.config.set(_settings(environment)):
+        if device == "cuda":
+            from dask_cuda import LocalCUDACluster
 
-    _set_environment(CPU_ENVIRONMENT)
-    return LocalCluster(**_cpu_cluster(workers))
+            return LocalCUDACluster(**_gpu_cluster(workers), security=security)
+        from distributed import LocalCluster
+
+        return LocalCluster(**_cpu_cluster(workers, threads), security=security)
 
 
 def import_early() -> None:
@@ -216,11 +234,11 @@ def _wake_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def task_runner(address: str) -> DaskTaskRunner:
-    """Prefect's task runner on the cluster with this scheduler."""
+def task_runner(address: str, security: Security | None = None) -> DaskTaskRunner:
+    """Prefect's task runner on the cluster with this scheduler; its certificates are by default Dask's configured."""
     from prefect_dask import DaskTaskRunner
 
-    return DaskTaskRunner(address=address)
+    return DaskTaskRunner(address=address, client_kwargs={"security": security})
 
 
 def _gpu_cluster(workers: int) -> dict[str, Any]:
@@ -228,30 +246,30 @@ def _gpu_cluster(workers: int) -> dict[str, Any]:
     return {
         "n_workers": workers,
         "threads_per_worker": TASKS_A_GPU,
-        "protocol": "tcp",
+        "protocol": "tls",
         "device_memory_limit": 0,
         "memory_limit": 0,
         "rmm_pool_size": None,
-        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
+        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN, "dashboard": False},
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
         "silence_logs": 50,
     }
 
 
-def _cpu_cluster(workers: int) -> dict[str, Any]:
+def _cpu_cluster(workers: int, threads: dict[str, str]) -> dict[str, Any]:
     """No memory limit: a mapped tar counts as a worker's memory though the system can drop it at any time."""
     return {
         "n_workers": workers,
         "threads_per_worker": TASKS_A_WORKER,
         "processes": True,
         "preload": [__name__],
-        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN},
+        "scheduler_kwargs": {"allowed_failures": DEATHS_FORGIVEN, "dashboard": False},
         "memory_limit": 0,
         "host": LOOPBACK,
         "dashboard_address": f"{LOOPBACK}:0",
         "silence_logs": 50,
-        "env": _threads(max(1, available_cores() // workers)) | {"CUDA_VISIBLE_DEVICES": ""},
+        "env": threads | {"CUDA_VISIBLE_DEVICES": ""},
     }
 
 
@@ -265,8 +283,11 @@ def _threads(count: int) -> dict[str, str]:
     return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-def _set_environment(variables: dict[str, str]) -> None:
-    """What workers need in their environment before they begin; dask-cuda replaces their `env` by its own."""
-    import dask
+def _settings(environment: dict[str, str]) -> dict[str, Any]:
+    """Dask's settings for a cluster of our own.
 
-    dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in variables.items()})
+    What workers need in their environment before they begin stands here, since dask-cuda replaces their `env` by its
+    own. Their web pages are left out: they show logs and code, and anyone on the machine could read them.
+    """
+    variables = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in environment.items()}
+    return {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": [], **variables}

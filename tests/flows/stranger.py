@@ -1,0 +1,85 @@
+"""What another user of the machine may try on the ports of a run; run by path, prints as JSON what worked.
+
+Takes the ports, and the ids of the processes whose environment may hold secrets, as two JSON lists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import sys
+from pathlib import Path
+
+from distributed.core import rpc
+from distributed.security import Security
+from websockets.sync.client import connect
+
+NOBODY = 65534
+READS = [
+    *("/", "/info/main/workers.html", "/info/main/logs.html", "/json/counts.json", "/json/index.html", "/metrics"),
+    *("/status", "/sitemap.json", "/health", "/api/admin/version", "/api/admin/settings", "/api/ui-settings"),
+    *("/openapi.json", "/api/openapi.json", "/docs", "/api/docs", "/ui-settings"),
+]
+POSTS = [f"/api/{what}/filter" for what in ("flow_runs", "task_runs", "flows", "logs", "artifacts", "events")]
+
+
+async def dask(port: int, protocol: str, security: Security) -> list[str]:
+    """Ask a Dask scheduler, nanny or worker who it is: where that is answered, it also runs what it is sent."""
+    arguments = security.get_connection_args("client")
+    with contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+        async with rpc(f"{protocol}://127.0.0.1:{port}", connection_args=arguments, timeout=3) as server:
+            return [f"{port}: {protocol}: {(await asyncio.wait_for(server.identity(), 5))['type']}"]
+    return []
+
+
+def web(port: int) -> list[str]:
+    """Ask for pages and for what Prefect's API lists."""
+    found = []
+    for method, path in [*(("GET", path) for path in READS), *(("POST", path) for path in POSTS)]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request(method, path, "{}", {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            if answer.status < 400:
+                found.append(f"{port}: {method} {path}: {answer.status} {answer.read(60)!r}")
+    return found
+
+
+def listen(port: int) -> list[str]:
+    """Subscribe to Prefect's events with a wrong password."""
+    with contextlib.suppress(Exception):
+        with connect(f"ws://127.0.0.1:{port}/api/events/out", subprotocols=["prefect"], open_timeout=3) as socket:  # type: ignore[list-item]
+            socket.send(json.dumps({"type": "auth", "token": "wrong"}))
+            if "auth_success" in str(socket.recv(3)):
+                return [f"{port}: events"]
+    return []
+
+
+def environment(process: int) -> list[str]:
+    """Read another process's environment."""
+    try:
+        return [f"environment of {process}"] if Path(f"/proc/{process}/environ").read_bytes() else []
+    except OSError:
+        return []
+
+
+async def main(ports: list[int], processes: list[int]) -> None:
+    """Try everything."""
+    own = Security.temporary()  # certificates, but of another authority
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    found = [what for port in ports for what in [*web(port), *listen(port)]]
+    calls = [dask(port, *how) for port in ports for how in (("tcp", Security()), ("tls", own))]
+    found += [what for answers in await asyncio.gather(*calls) for what in answers]
+    if os.getuid() == NOBODY:
+        found += [what for process in processes for what in environment(process)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*map(json.loads, sys.argv[1:])))
