@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217})
-"""How many classes the label sets of timm's classifiers have: a head of such a width gives logits."""
-
 AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
 
 TRIAL = 6
@@ -163,11 +160,11 @@ class TimmImageEmbedder(ImageEmbedder):
 
     @property
     def keeps_head(self) -> bool:
-        """Whether the model's head is a projection into a shared space, not a classifier."""
-        cfg = self.weights.pretrained_cfg
-        name = f"{self.weights.architecture}.{cfg.get('tag') or ''}.{cfg.get('hf_hub_id') or ''}".lower()
-        contrastive = "clip" in name or "_pe_core" in name
-        return contrastive and bool(cfg.get("num_classes")) and cfg["num_classes"] not in LABEL_COUNTS
+        """Whether the model's head is a projection into a shared space, not a classifier, by its configuration.
+
+        Where the weights are not timm's own, `create_model` looks at the head as well.
+        """
+        return self.weights.may_project
 
     def check(self) -> None:
         """Resolve the weights now, and see that a checkpoint fits.
@@ -312,7 +309,7 @@ class TimmImageEmbedder(ImageEmbedder):
             return timm.create_model(self.model_name, pretrained=pretrained, **overlay, **head)
 
         if self.checkpoint is None:
-            return create(0)
+            return self._without_labels(create(0))
         try:
             model = create(0)
             # timm loads what fits. What it left random differs from seed to seed.
@@ -327,6 +324,20 @@ class TimmImageEmbedder(ImageEmbedder):
                 f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: "
                 f"it lacks {len(missing)} of {len(state)} tensors, such as {missing[0]}"
             )
+        return self._without_labels(model)
+
+    def _without_labels(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model without a head that turns out to be a classifier.
+
+        CLIP's projections have no bias, which timm fills in as zeros, and a trained classifier has one. Only EVA-CLIP's
+        have one as well: theirs are told by their width alone.
+        """
+        theirs = self.checkpoint is not None or self.model_name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
+        if not (theirs and self.keeps_head) or self.weights.architecture.startswith("eva"):
+            return model
+        bias = getattr(model.get_classifier(), "bias", None)
+        if bias is not None and bool(bias.any()):
+            model.reset_classifier(0)
         return model
 
     def _dtype(self, device: str) -> torch.dtype:
