@@ -109,6 +109,10 @@ class ImageEmbedder(ABC):
     def expect(self, images: int) -> None:  # noqa: B027  # most embedders do not care
         """Told to the copy of a worker before it loads the model: about how many images that worker will see."""
 
+    def not_finite(self, device: str) -> str:
+        """Return one line that says why a sample whose vector holds NaN or infinity is quarantined, and what helps."""
+        return "the model gave NaN or infinity"
+
     @property
     def notice(self) -> str:
         """One line that a person should read before a run, or nothing."""

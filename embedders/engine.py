@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
+from embedders.errors import is_out_of_memory
 from embedders.loader import Reason, Rejected
 from embedders.webdataset import OpenShard, printable
 
@@ -183,10 +184,15 @@ class Engine:
 
         try:
             return self.model(images)
-        except torch.OutOfMemoryError:
-            if not isinstance(images, torch.Tensor) or len(images) < 2:
+        except Exception as error:
+            if not is_out_of_memory(error) or not isinstance(images, torch.Tensor):
                 raise
-        torch.cuda.empty_cache()
+            if len(images) < 2 and type(error) is not RuntimeError:
+                raise
+            if len(images) < 2:  # torch's error on a CPU, whose text is the allocator's
+                raise MemoryError("the model needs more memory for a single image than there is") from error
+        if images.is_cuda:
+            torch.cuda.empty_cache()
         half = len(images) // 2
         parts = [self._split_when_out_of_memory(part) for part in (images[:half], images[half:])]
         return torch.cat(parts)
@@ -212,7 +218,7 @@ class Engine:
         finite = np.isfinite(matrix).all(axis=1)
         for i in np.flatnonzero(~finite).tolist():
             row = batch.rows[i]
-            rejected = Rejected(row, Reason.NOT_EMBEDDED, "the model gave NaN or infinity; float16 may be too narrow")
+            rejected = Rejected(row, Reason.NOT_EMBEDDED, self.embedder.not_finite(self.device))
             if not opened[row.shard].done[row.sample]:
                 opened[row.shard].rejected.setdefault(row.sample, rejected)
         for number in np.unique(shard_of):

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from embedders.errors import is_out_of_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,9 +63,9 @@ def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike:
                 forward = torch.compile(model, dynamic=False)
                 forward(buffer)
                 run = _calling(forward, buffer)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # no C compiler, no Triton, an operator it does not know …
+                if is_out_of_memory(error):
+                    raise
                 logger.warning("the model is not compiled: %s", _one_line(error))
                 forward = model
         if images.is_cuda:

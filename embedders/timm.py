@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.batch_size import Measured, best_batch, images_per_second
-from embedders.errors import InputError
+from embedders.errors import InputError, is_out_of_memory
 from embedders.fingerprint import of_classes
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, LoadedBatch, Loader
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217})
-"""How many classes the label sets of timm's classifiers have: a head of such a width gives logits."""
-
 AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
 
 TRIAL = 6
@@ -43,7 +41,12 @@ TRIAL = 6
 NO_CORE_DECODES = 1000
 """Images a second that no core decodes exactly, unless they are thumbnails: 330 to 420 photographs of 500x375."""
 
-PROCESS_OWNED = frozenset({"_loader", "_decoder", "_measured", "_expected", "_decided", "_planned_weights", "weights"})
+LESS = 8
+"""How much smaller a batch is tried if one is too large for a CPU's memory, where the loader holds some more of them."""
+
+PROCESS_OWNED = frozenset(
+    {"_loader", "_decoder", "_measured", "_expected", "_decided", "_largest", "_planned_weights", "weights"}
+)
 """Attributes that belong to one process and do not travel."""
 
 
@@ -93,6 +96,8 @@ class TimmImageEmbedder(ImageEmbedder):
 
     _expected: int = 0
     """Images that this worker will probably see; 0 where nobody said."""
+    _largest: int = sys.maxsize
+    """Images of the largest batch that this worker has memory for, as far as that was found out."""
 
     _planned_weights: str = ""
     """What identified the weights where the run was planned; empty in that process."""
@@ -171,11 +176,11 @@ class TimmImageEmbedder(ImageEmbedder):
 
     @property
     def keeps_head(self) -> bool:
-        """Whether the model's head is a projection into a shared space, not a classifier."""
-        cfg = self.weights.pretrained_cfg
-        name = f"{self.weights.architecture}.{cfg.get('tag') or ''}.{cfg.get('hf_hub_id') or ''}".lower()
-        contrastive = "clip" in name or "_pe_core" in name
-        return contrastive and bool(cfg.get("num_classes")) and cfg["num_classes"] not in LABEL_COUNTS
+        """Whether the model's head is a projection into a shared space, not a classifier, by its configuration.
+
+        Where the weights are not timm's own, `create_model` looks at the head as well.
+        """
+        return self.weights.may_project
 
     def check(self) -> None:
         """Resolve the weights now, and see that a checkpoint fits.
@@ -275,19 +280,28 @@ class TimmImageEmbedder(ImageEmbedder):
         image = noise.to(device=device, dtype=self._dtype(device))
         if device.startswith("cuda"):
             self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), image)
-        elif self.compile_model is None and self._expected:
+        alike = ALIKE_IN_FLOAT8 if self.precision is Precision.FLOAT8 else ALIKE
+        while True:
             size = self.input_batch(device)
-            self._measured = Measured(size, images_per_second(model, _batch_of(image, size, layout), 1, 1))
-        example = _batch_of(image, self.input_batch(device), layout)
-        try:
-            alike = ALIKE_IN_FLOAT8 if self.precision is Precision.FLOAT8 else ALIKE
-            forward = prepare(model, example, self._compiles(device), alike)
-            if device.startswith("cuda"):
-                self._measured = Measured(len(example), images_per_second(forward, example))
-        except torch.OutOfMemoryError:  # a batch size that was asked for; the engine halves such batches
-            torch.cuda.empty_cache()
-            return model
-        return forward
+            try:
+                example = _batch_of(image, size, layout)
+                if device == "cpu" and self.compile_model is None and self._expected:
+                    self._measured = Measured(size, images_per_second(model, example, 1, 1))
+                forward = prepare(model, example, self._compiles(device), alike)
+                if device.startswith("cuda"):
+                    self._measured = Measured(len(example), images_per_second(forward, example))
+                return forward
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    what = f"{self.model_name} needs more memory for a single image than there is on this worker"
+                    raise MemoryError(what) from error
+            if device.startswith("cuda"):  # a batch size that was asked for; the engine halves such batches
+                torch.cuda.empty_cache()
+                return model
+            self._largest = max(1, size // LESS)
+            logger.warning("a batch of %d images needs more memory than there is: taking %d", size, self._largest)
 
     def _compiles(self, device: str) -> bool:
         if self.compile_model is not None:
@@ -315,9 +329,9 @@ class TimmImageEmbedder(ImageEmbedder):
     def input_batch(self, device: str) -> int:
         """Images of a full batch on `device`; on a GPU with "auto" it is measured when the model is loaded."""
         if self.batch_size != "auto":
-            return self.batch_size
+            return min(self.batch_size, self._largest)
         measured: Measured | None = getattr(self, "_measured", None)
-        return measured.size if measured else AUTO_BATCH_SIZE[device.partition(":")[0]]
+        return min(measured.size if measured else AUTO_BATCH_SIZE[device.partition(":")[0]], self._largest)
 
     def create_model(self) -> torch.nn.Module:
         """The model as timm makes it, on the CPU in float32, without its classifier.
@@ -338,7 +352,7 @@ class TimmImageEmbedder(ImageEmbedder):
             return timm.create_model(self.model_name, pretrained=pretrained, **overlay, **head)
 
         if self.checkpoint is None:
-            return create(0)
+            return self._without_labels(create(0))
         try:
             model = create(0)
             # timm loads what fits. What it left random differs from seed to seed.
@@ -353,6 +367,20 @@ class TimmImageEmbedder(ImageEmbedder):
                 f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: "
                 f"it lacks {len(missing)} of {len(state)} tensors, such as {missing[0]}"
             )
+        return self._without_labels(model)
+
+    def _without_labels(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model without a head that turns out to be a classifier.
+
+        CLIP's projections have no bias, which timm fills in as zeros, and a trained classifier has one. Only EVA-CLIP's
+        have one as well: theirs are told by their width alone.
+        """
+        theirs = self.checkpoint is not None or self.model_name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
+        if not (theirs and self.keeps_head) or self.weights.architecture.startswith("eva"):
+            return model
+        bias = getattr(model.get_classifier(), "bias", None)
+        if bias is not None and bool(bias.any()):
+            model.reset_classifier(0)
         return model
 
     def _dtype(self, device: str) -> torch.dtype:
@@ -417,6 +445,16 @@ class TimmImageEmbedder(ImageEmbedder):
         if exact < model:
             loader.close()
             self._loader = self._build_loader(device, fast=True)
+
+    def not_finite(self, device: str) -> str:
+        """Return what a quarantine row says of NaN, with the way out where the model computed in half precision."""
+        import torch
+
+        what = super().not_finite(device)
+        if self._dtype(device) != torch.float16:
+            return what
+        way = "--no-autocast" if self.precision is Precision.AUTO else "--precision float32"
+        return f"{what}: float16 may be too narrow for it; {way} helps, it computes in float32"
 
     @property
     def notice(self) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,15 @@ class Weights:
     pretrained_cfg: dict[str, Any]
     identity: str
     """`sha256:…` of the file, the hub's etag of it, or RANDOM."""
+
+    @property
+    def may_project(self) -> bool:
+        """Whether the head is as wide as a projection of this architecture, and no labels are named for it.
+
+        It is one for timm's own tags. Of other people's weights the head itself must be looked at too.
+        """
+        cfg = self.pretrained_cfg
+        return cfg.get("num_classes") in projection_widths(self.architecture) and not cfg.get("label_names")
 
 
 def resolve_weights(model_name: str, pretrained: bool, checkpoint: str | None) -> Weights:
@@ -81,13 +92,62 @@ def _local_configuration(folder: Path) -> tuple[str, dict[str, Any]]:
 def _closest(model_name: str) -> str:
     import timm
 
-    names = timm.list_models(pretrained=True) if "." in model_name else timm.list_models()
-    close = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5) or difflib.get_close_matches(
-        model_name.partition(".")[0], timm.list_models(), n=3, cutoff=0.3
-    )
+    close = _same_model(model_name)
+    if not close:
+        names = timm.list_models(pretrained=True) if "." in model_name else timm.list_models()
+        close = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5) or difflib.get_close_matches(
+            model_name.partition(".")[0].lower(), timm.list_models(), n=3, cutoff=0.3
+        )
     return (
-        f"the closest names are {', '.join(close)}" if close else "python -c 'import timm; print(timm.list_models())'"
+        f"the closest names are {', '.join(close)}"
+        if close
+        else "list them with: python -c 'import timm; print(timm.list_models())'"
     )
+
+
+_OPEN_CLIP_SIZES = {
+    "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant", "bigg": "gigantic",
+}  # fmt: skip
+
+
+def _same_model(model_name: str) -> list[str]:
+    """timm's names of a model that is called as OpenAI and open_clip call theirs: ViT-L-14, ViT-B/32, RN50x4."""
+    import timm
+
+    name = model_name.lower()
+    if vit := re.match(r"(?:open_?clip[-_/])?vit-(s|b|l|h|g|bigg)[-/](\d+)(-quickgelu)?(?:[-@]?(336|378))?", name):
+        size, patch, quick, side = vit.groups()
+        start = f"vit_{_OPEN_CLIP_SIZES[size]}_patch{patch}_clip_{'quickgelu_' if quick else ''}{side or ''}"
+    elif resnet := re.match(r"rn(50|101)(x\d+)?", name):
+        start = f"resnet{resnet[1]}{resnet[2] or ''}_clip"
+    else:
+        return []
+    found = [tag for tag in timm.list_models(pretrained=True) if tag.startswith(start) and projects(tag)]
+    return sorted(found, key=lambda tag: (not tag.endswith(".openai"), tag))[:3]
+
+
+LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217})
+"""How many classes the label sets of timm's classifiers have: a head of such a width gives logits."""
+
+
+def projects(tag: str) -> bool:
+    """Whether the head of one of timm's own pretrained tags is a projection into a shared space, not a classifier."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(tag)
+    contrastive = cfg is not None and any(
+        word in f"{tag}.{cfg.hf_hub_id or ''}".lower() for word in ("clip", "_pe_core")
+    )
+    return contrastive and bool(cfg.num_classes) and cfg.num_classes not in LABEL_COUNTS
+
+
+@functools.cache
+def projection_widths(architecture: str) -> frozenset[int]:
+    """The dimensions into which timm's pretrained tags of an architecture project."""
+    import timm
+
+    tags = timm.list_models(f"{architecture}.*", pretrained=True)
+    return frozenset(timm.get_pretrained_cfg(tag).num_classes for tag in tags if projects(tag))
 
 
 def _checkpoint_identity(checkpoint: str) -> str:

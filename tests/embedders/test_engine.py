@@ -229,3 +229,24 @@ def test_the_fingerprint_follows_attributes_and_code_and_not_the_column() -> Non
 def test_classifiers_are_refused() -> None:
     with pytest.raises(InputError, match="classifiers are not supported"):
         Colours(classifiers=["aesthetic"])
+
+
+def test_a_batch_that_a_cpu_has_no_memory_for_is_halved(abc: OpenShard) -> None:
+    def narrow(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 99 bytes"
+            )
+        return images
+
+    (shard,) = embed(Told([(torch.arange(6.0).view(3, 2), ["a", "b", "c"])], narrow), abc)
+    assert shard.ids == ["a", "b", "c"]
+    np.testing.assert_array_equal(shard.vectors, np.arange(6.0).reshape(3, 2))
+
+
+def test_an_image_that_a_model_has_no_memory_for_says_so(abc: OpenShard) -> None:
+    def none_fits(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    with pytest.raises(MemoryError, match="more memory for a single image than there is"):
+        embed(Told([(torch.zeros(3, 2), ["a", "b", "c"])], none_fits), abc)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,35 @@ def test_precision_is_what_is_asked_for_and_part_of_the_fingerprint(shard: OpenS
     agreement = (vectors["float32"] * vectors["bfloat16"]).sum(dim=-1)
     assert vectors["bfloat16"].dtype == torch.float32
     assert 0.98 < agreement.min() < 0.99999
+
+
+def test_nan_in_float16_says_what_helps() -> None:
+    def said(**options: Any) -> list[str]:
+        embedder = TimmImageEmbedder("test_vit", pretrained=False, **options)
+        return [embedder.not_finite(device).partition("; ")[2].partition(" helps")[0] for device in ("cuda", "cpu")]
+
+    assert said() == ["--no-autocast", ""]
+    assert said(autocast=False) == ["", ""]
+    assert said(precision="float16") == ["--precision float32"] * 2
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+import nvidia.dali, timm, torch
+from pathlib import Path
+from embedders import TimmImageEmbedder
+from embedders.engine import Engine
+from embedders.webdataset import open_shard
+
+embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=100_000, num_threads_per_worker=1)
+embedder.check()
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)
+(embedded,) = Engine(embedder, "cpu").embed([open_shard(sys.argv[1])])
+print(len(embedded.ids), embedder.input_batch("cpu") < 100_000)
+"""
+
+
+def test_a_batch_too_large_for_a_cpus_memory_becomes_smaller_ones(shard: OpenShard) -> None:
+    run = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY, shard.path], capture_output=True, text=True)
+    assert run.stdout == f"{IMAGES} True\n", run.stderr

@@ -37,6 +37,11 @@ def embedder_of(file: Path, model: str = MODEL, **options: Any) -> TimmImageEmbe
         ("vit_bas_patch16_224", "vit_base_patch16_224"),
         ("resnet50.a1_in2k", r"resnet50\.a1_in1k"),
         ("vit_base_patch16_224.openia", r"vit_base_patch16_"),
+        ("ViT-L-14", r"vit_large_patch14_clip_224\.openai"),
+        ("ViT-B/32", r"vit_base_patch32_clip_224\.openai"),
+        ("ViT-L-14-336-quickgelu", r"vit_large_patch14_clip_"),
+        ("RN50x4", r"resnet50x4_clip\.openai"),
+        ("ResNet50", r"resnet50"),
     ],
 )
 def test_an_unknown_name_is_told_its_closest(name: str, closest: str) -> None:
@@ -140,6 +145,28 @@ def test_the_head_is_kept_exactly_where_it_projects() -> None:
     assert len(tags) > 1500
     assert kept == {tag for tag, count in classes.items() if 0 < count <= 1280 and count != 1000}
     assert all("clip" in tag or "pe_core" in tag.lower() for tag in kept)
+
+
+@pytest.mark.parametrize(
+    ("classes", "bias", "labels", "dimensions"),
+    [
+        (512, 0.0, None, 512),  # a projection, as timm saves CLIP's
+        (37, 0.1, None, 256),
+        (512, 0.1, None, 256),  # as many classes as CLIP has dimensions
+        (512, 0.0, [f"class {n}" for n in range(512)], 256),
+    ],
+)
+def test_a_fine_tuned_clip_gives_features_not_logits(
+    tmp_path: Path, classes: int, bias: float, labels: list[str] | None, dimensions: int
+) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("vit_xsmall_patch16_clip_224", pretrained=False, num_classes=classes)
+    torch.nn.init.constant_(model.head.bias, bias)
+    save_for_hf(model, str(tmp_path), model_config={"label_names": labels} if labels else None, safe_serialization=True)
+    embedder = TimmImageEmbedder(f"local-dir:{tmp_path}")
+    with torch.inference_mode():
+        assert embedder.load_embedding_model("cpu")(torch.zeros(1, 3, 224, 224)).shape == (1, dimensions)
 
 
 def test_random_weights_are_the_same_everywhere() -> None:

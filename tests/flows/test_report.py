@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+import embedders
+import flows
+import tasks
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.report import main, write_report
@@ -70,6 +77,43 @@ def test_thumbnails_are_of_the_samples_that_they_stand_for(made: Path) -> None:
         assert image is not None
         assert urls[place] == data_url(shard.bytes_of(image).tobytes(), 64)
     assert TRUNCATED in pictures.of([TRUNCATED], 64)
+
+
+def test_a_thumbnail_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to the gs that it finds; here that would leave a file."""
+    from PIL import EpsImagePlugin
+
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with contextlib.suppress(OSError):
+        Image.open(io.BytesIO(eps)).load()
+    assert (tmp_path / "started").exists()  # or this tests nothing
+    (tmp_path / "started").unlink()
+    assert data_url(eps, 64) is None
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_thumbnail_keeps_to_the_pixel_limit_and_shows_a_cut_jpeg() -> None:
+    def saved(kind: str) -> bytes:
+        out = io.BytesIO()
+        Image.effect_noise((300, 200), 90).save(out, kind)
+        return out.getvalue()
+
+    assert data_url(saved("PNG"), 64, max_pixels=60_000)
+    assert data_url(saved("PNG"), 64, max_pixels=59_999) is None
+    assert data_url(saved("JPEG")[:4000], 64)
+    assert data_url(saved("PNG")[:4000], 64) is None
+    assert data_url(b"", 64) is None
+
+
+def test_other_peoples_images_are_opened_in_one_place() -> None:
+    """The one that says which formats; the demo's photographs are its own."""
+    folders = [Path(package.__file__).parent for package in (embedders, flows, tasks)]
+    files = [file for folder in folders for file in folder.glob("*.py") if "Image.open(" in file.read_text()]
+    assert {file.name for file in files} == {"images.py", "demo_data.py"}
 
 
 def test_a_sample_holds_the_vectors_of_its_ids(made: Path) -> None:
