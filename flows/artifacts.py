@@ -130,7 +130,7 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
         f"{manifest.shards_failed:,} failed",
         "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
         "vectors": f"{manifest.dimensions} dimensions, decoded: {manifest.decoders}",
-        "rows": f"{manifest.rows:,}, {manifest.rows_without_embedding:,} of them without an embedding",
+        "rows": manifest.told_rows,
         "dataset made": f"`{manifest.metadata}/*.parquet`",
         "account": f"`{manifest.output}/{MANIFEST}`",
     }

@@ -73,7 +73,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
         "quarantined": reasons or "none",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
-        "rows": f"{manifest.rows:,}; {manifest.rows_without_embedding:,} without an embedding",
+        "rows": manifest.told_rows,
         "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s",
         "dimensions": manifest.dimensions,
         **manifest.embedder,

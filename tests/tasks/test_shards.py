@@ -27,6 +27,8 @@ from tasks.shards import (
 )
 from tasks.storage import Folder
 
+from .conftest import MakeShard
+
 SHARD = Shard("a/00000", "/data", "/out", 10, "10-1.5", "20-2.5")
 EMBEDDED = EmbeddingRecord("k", "e", samples=3, embedded=2, quarantined={"empty": 1}, dimensions=4)
 MERGED = MergeRecord("k", rows=2, rows_without_embedding=1, embeddings_without_row=0)
@@ -128,3 +130,9 @@ def test_no_folder_and_no_tars_are_told_apart(tmp_path: Path) -> None:
         find_shards(str(tmp_path), "/out")
     with pytest.raises(InputError, match="no such folder"):
         find_shards(str(tmp_path / "x"), "/out")
+
+
+def test_a_tar_whose_quarantine_would_be_another_ones_list_is_refused(make_shard: MakeShard) -> None:
+    make_shard("a")
+    with pytest.raises(InputError, match=r"a\.unmatched\.tar: .*rename the tar .* to a-unmatched\.tar"):
+        make_shard("a.unmatched")
