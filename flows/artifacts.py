@@ -25,7 +25,7 @@ from prefect.artifacts import (
 )
 
 from flows.progress import Pace
-from flows.report import REPORT, rows_said
+from flows.report import REPORT
 from tasks.counted import counted
 from tasks.plan import Plan
 from tasks.report import MANIFEST, Manifest, read_quarantine
@@ -131,7 +131,7 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
         f"{manifest.shards_failed:,} failed",
         "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
         "vectors": f"{counted(manifest.dimensions, 'dimension')}, decoded: {manifest.decoders}",
-        "rows": rows_said(manifest),
+        "rows": manifest.told_rows,
         "dataset made": f"`{manifest.metadata}/*.parquet`",
         "account": f"`{manifest.output}/{MANIFEST}`",
     }

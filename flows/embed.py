@@ -114,13 +114,34 @@ def _cluster_early(config: EmbedConfig, server: LocalServer | None) -> Iterator[
 
 @contextlib.contextmanager
 def _alone(config: EmbedConfig, embedder: ImageEmbedder | None, lost: Callable[[str], None]) -> Iterator[None]:
-    """Be the only run over the output, and leave no half-written file there, of this run or an earlier one."""
-    with only_run(config.output, lock_name(config, embedder), lost):
-        sweep(config.output)
+    """Be the only run over what is written to, and leave no half-written file there, of this run or an earlier one.
+
+    In place that is the dataset too: of two runs that add a column to one file, one would be lost.
+    """
+    name = lock_name(config, embedder)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run(config.output, name, lost))
+        if _dataset_is_another_folder(config):
+            stack.enter_context(only_run(config.dataset, name, lost, instead="leave out --in-place"))
+        _sweep(config)
         try:
             yield
         finally:
-            sweep(config.output)
+            _sweep(config)
+
+
+def _dataset_is_another_folder(config: EmbedConfig) -> bool:
+    """Whether a run writes beside the tars, and not into its output there."""
+    dataset, output = Folder(config.dataset), Folder(config.output)
+    with contextlib.suppress(OSError):  # planning says what is wrong
+        return config.in_place and dataset.path("") != output.path("") and dataset.exists()
+    return False
+
+
+def _sweep(config: EmbedConfig) -> None:
+    sweep(config.output)
+    if config.in_place:
+        Folder(config.dataset).sweep()
 
 
 def _run(

@@ -92,7 +92,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "quarantined": reasons or "none",
         "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
-        "rows": rows_said(manifest),
+        "rows": manifest.told_rows,
         "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
         "dimensions": manifest.dimensions,
         **manifest.embedder,
@@ -106,11 +106,6 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
-
-
-def rows_said(manifest: Manifest) -> str:
-    """How many rows the dataset has, and how many rows of the metadata have no vector."""
-    return f"{manifest.rows:,} in the dataset; {manifest.rows_without_embedding:,} of the metadata without an embedding"
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ from flows.progress import Progress
 from tasks.cluster import OwnCluster, check_scheduler, choose_device, choose_workers
 from tasks.dataset import held_schema, missing_parts
 from tasks.index import open_local
-from tasks.metadata import check_metadata
+from tasks.metadata import check_json_members, check_metadata
 from tasks.plan import MergeOptions, Plan, plan_in_one_schema
 from tasks.report import Manifest
 from tasks.shards import Shard, digest, find_shards, with_content_fingerprints
@@ -96,7 +96,7 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
         target.refuse(error)
     if plan.to_embed:
         embedder.check()
-    images = _check_inputs(plan.to_embed, config, embedder.image_component)
+    images = _check_inputs(plan.to_embed, config, embedder.image_component, options.column)
     return Work(embedder, fingerprint, device, plan, images, started, given)
 
 
@@ -111,7 +111,7 @@ def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
     return config.model_copy(update={"image_embedding_column": column}).merge_options()
 
 
-def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None) -> int:
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None, column: str) -> int:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
 
     :return: about how many images all shards hold, if they are like those looked at.
@@ -124,6 +124,8 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
             try:
                 path = shard.source.path(shard.tar)
                 opened.append(open_local(shard, path, config.id_col, keep=False, image_component=image_component))
+                if shard.metadata is None:
+                    check_json_members(shard, config.id_col, column)
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
             ids, of_bytes = opened[-1].ids, of_bytes + shard.tar_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from tasks.shards import PartRecord, digest, read_merge_record, read_part_record
 from tasks.storage import Folder, in_bulk
 from tasks.vectors import rows_a_group, write_groups
 
-COMMON = "_common_metadata"
+SCHEMA = "schema.parquet"
+"""In the output: no rows, and the schema of all files in `metadata/`, where readers want nothing but the dataset."""
+FORMER = "metadata/_common_metadata"
+"""Where the schema was before; polars opens no folder with a file of another ending in it."""
 UNIFIED = b"shard_embed_unified"
-"""In the footer of `_common_metadata` where its metadata columns are those that all shards were brought to."""
+"""In the footer of the schema's file where its metadata columns are those that all shards were brought to."""
 CARD = "README.md"
 CARD_MARK = "<!-- Written by shard-embed, and again when the dataset changes. Take this line away to keep your own. -->"
 TASKS = 64
@@ -61,15 +65,18 @@ def metadata_folder(output: str) -> Folder:
 
 def held_schema(output: str, column: str) -> pa.Schema | None:
     """The schema that the metadata of an output was brought to, without the vectors; None where there is none."""
-    folder = metadata_folder(output)
-    try:
-        with folder.open(COMMON) as file:
-            schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException):
-        return None
-    if UNIFIED not in (schema.metadata or {}):
+    schema = read_schema(output)
+    if schema is None or UNIFIED not in (schema.metadata or {}):
         return None
     return pa.schema([field for field in schema if field.name != column])
+
+
+def read_schema(output: str) -> pa.Schema | None:
+    """Return the schema of all files of an output's dataset; None where there is none or it does not open."""
+    for name in (SCHEMA, FORMER):
+        with contextlib.suppress(OSError, pa.ArrowException), Folder(output).open(name) as file:
+            return pq.read_schema(file)
+    return None
 
 
 def common_schema(plan: Plan, embedder: Mapping[str, Any]) -> pa.Schema | None:
@@ -110,14 +117,15 @@ def finish_dataset(plan: Plan, embedder: Mapping[str, Any]) -> None:
     """
     if plan.options.in_place or not plan.merged:
         return
-    folder = metadata_folder(plan.shards[0].output)
+    target, folder = Folder(plan.shards[0].output), metadata_folder(plan.shards[0].output)
     try:
         schema = common_schema(plan, embedder)
     except InputError:
         schema = None  # each file has a schema of its own, and says so
-    if schema is not None and not _says(folder, schema):
-        folder.write(COMMON, lambda path: pq.write_metadata(schema, path))
-    target, text = Folder(plan.shards[0].output), card(plan, embedder)
+    if schema is not None and not _says(target, schema):
+        target.write(SCHEMA, lambda path: pq.write_metadata(schema, path))
+    target.remove(FORMER)
+    text = card(plan, embedder)
     before = target.read_text(CARD)
     if before is None or (CARD_MARK in before and before != text):
         target.write_text(CARD, text)
@@ -125,9 +133,9 @@ def finish_dataset(plan: Plan, embedder: Mapping[str, Any]) -> None:
         _remove_former(plan, folder)
 
 
-def _says(folder: Folder, schema: pa.Schema) -> bool:
+def _says(target: Folder, schema: pa.Schema) -> bool:
     try:
-        with folder.open(COMMON) as file:
+        with target.open(SCHEMA) as file:
             return bool(pq.read_schema(file).equals(schema, check_metadata=True))
     except (OSError, pa.ArrowException):
         return False

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from tasks.dataset import COMMON
+from tasks.dataset import read_schema
 from tasks.footer import DESCRIPTION
 from tasks.merge import arrow_file
 from tasks.places import find_places, missing_dataset
@@ -84,9 +84,11 @@ class Exported:
     @cached_property
     def schema(self) -> pa.Schema:
         """Of the columns beside the vectors, for all files."""
-        common = COMMON if self.folder.has(COMMON) else self.files[0]
-        with arrow_file(self.folder, common) as file:
-            schema = pq.read_schema(file).remove_metadata()
+        schema = read_schema(self.folder.url.rstrip("/").removesuffix("/metadata"))
+        if schema is None:
+            with arrow_file(self.folder, self.files[0]) as file:
+                schema = pq.read_schema(file)
+        schema = schema.remove_metadata()
         return pa.schema([field for field in schema if field.name != self.column])
 
     def batches(self) -> Iterator[Batch]:

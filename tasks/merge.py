@@ -31,7 +31,16 @@ from tasks.column_types import same_tables
 from tasks.failures import RETRIES, ShardFailure, ShardsFailed
 from tasks.footer import ADDED, columns_made, describe, footer
 from tasks.ids import canonical_ids
-from tasks.metadata import check_columns, conform, no_rows, read_ids, read_metadata, refuse_mismatch, repeated_id
+from tasks.metadata import (
+    check_columns,
+    conform,
+    json_members,
+    no_rows,
+    read_ids,
+    read_metadata,
+    refuse_mismatch,
+    repeated_id,
+)
 from tasks.plan import MergeOptions, merged_key
 from tasks.shards import EmbeddingRecord, MergeRecord, Shard, read_embedding_record, with_record
 from tasks.storage import Folder
@@ -251,7 +260,7 @@ def _gathered(
         ids, column = pq.read_table(file, columns=["id"]).column(0), pq.read_schema(file).names[1]
         vectors = read_vectors(file, column, embedding.dimensions)
     metadata = read_metadata(shard, options.id_col)
-    where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else f"{shard.dataset}/{shard.tar}, json members"
+    where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else json_members(shard)
     check_columns(metadata.schema, where, options.column)
     notes = dict(metadata.schema.metadata or {}) if options.in_place else {}
     if options.in_place:

@@ -210,6 +210,24 @@ def check_columns(schema: pa.Schema, where: str, column: str) -> None:
         )
 
 
+def check_json_members(shard: Shard, id_col: str, column: str) -> None:
+    """Refuse a tar whose first json member has the embedding column's name as a key.
+
+    Raises:
+        InputError: It has; the column would be lost in the merge.
+    """
+    with shard.source.local_copy(shard.tar) as path:
+        opened = open_shard(path, id_col)
+        rows = (sample_json(sample, opened.data) for sample in opened.index.samples)
+        names = list(next((row for row in rows if row), {}))
+    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), column)
+
+
+def json_members(shard: Shard) -> str:
+    """Return how messages name a tar's json members."""
+    return f"{shard.dataset}/{shard.tar}, json members"
+
+
 # --- one schema -------------------------------------------------------------------------------------------------------
 
 

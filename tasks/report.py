@@ -69,6 +69,7 @@ class Manifest(BaseModel):
     quarantined_by_reason: dict[str, int] = {}
     rows: int = Field(0, description="Rows of the merged metadata.")
     rows_without_embedding: int = 0
+    rows_left_out: int = Field(0, description="Rows without an embedding that are not in the dataset.")
     rows_without_image: int = Field(0, description="Rows whose id no sample has, part of those without an embedding.")
     rows_repeated: int = Field(0, description="Rows that repeat an id, part of those without an embedding.")
     embeddings_without_row: int = 0
@@ -85,6 +86,13 @@ class Manifest(BaseModel):
     computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
     versions: dict[str, str] = {}
     wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
+
+    @property
+    def told_rows(self) -> str:
+        """The rows of the dataset, and what became of those without an embedding, for a person."""
+        if self.rows_left_out:
+            return f"{self.rows:,}; {self.rows_left_out:,} more have no embedding and are left out"
+        return f"{self.rows:,}, {self.rows_without_embedding:,} of them without an embedding"
 
 
 def account(
@@ -129,6 +137,7 @@ def account(
         quarantined_by_reason=dict(sorted(reasons.items())),
         rows=sum(record.rows for record in merges),
         rows_without_embedding=sum(record.rows_without_embedding for record in merges),
+        rows_left_out=0 if plan.options.keep_rows else sum(record.rows_without_embedding for record in merges),
         rows_without_image=sum(record.rows_without_image for record in merges),
         rows_repeated=sum(record.rows_repeated for record in merges),
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),

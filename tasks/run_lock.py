@@ -68,16 +68,19 @@ class Lease:
 
 
 @contextlib.contextmanager
-def only_run(output: str, run: str, lost: Callable[[str], None]) -> Iterator[None]:
+def only_run(
+    output: str, run: str, lost: Callable[[str], None], instead: str = "give another --output"
+) -> Iterator[None]:
     """Be the only run over an output within the block; of the lock, and of a folder made for it, nothing is left.
 
     :param run: what this run is called.
     :param lost: is told, in another thread, if another run has taken the lease nevertheless.
+    :param instead: what a person can do who cannot have this folder.
     :raises InputError: another run holds the output, or it cannot be written to.
     """
     folder = Folder(output)
     lease = Lease.of_this_process(run)
-    made = _take(folder, lease)
+    made = _take(folder, lease, instead)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(folder, lease, ended, lost), name="lease", daemon=True)
     renewal.start()
@@ -89,7 +92,7 @@ def only_run(output: str, run: str, lost: Callable[[str], None]) -> Iterator[Non
         _give_back(folder, lease, made)
 
 
-def _take(folder: Folder, lease: Lease) -> list[Path]:
+def _take(folder: Folder, lease: Lease, instead: str) -> list[Path]:
     """Write the lease where none is held; the folders made for it, the innermost first."""
     made = _missing_folders(folder)
     try:
@@ -98,16 +101,14 @@ def _take(folder: Folder, lease: Lease) -> list[Path]:
         holder = _read(folder)
         if holder is not None and holder.held:
             raise InputError(
-                f"{folder.url}: another run writes here: {holder}; wait for its end or give another --output "
+                f"{folder.url}: another run writes here: {holder}; wait for its end or {instead} "
                 f"(if that process is gone for good, remove {folder.url.rstrip('/')}/{LOCK})"
             )
         folder.write_text(LOCK, _text(lease))
         time.sleep(SETTLED_AFTER)
         now = _read(folder)
     except OSError as error:
-        raise InputError(
-            f"{folder.url}: cannot be written to: {error.strerror or error}; give a folder that can, with --output"
-        ) from error
+        raise InputError(f"{folder.url}: cannot be written to: {error.strerror or error}; {instead}") from error
     if now is None or now.token != lease.token:
         raise InputError(f"{folder.url}: another run took over at the same moment: {now}; wait for its end")
     return made

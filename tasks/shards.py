@@ -25,6 +25,9 @@ UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d 
 UNMATCHED = ".unmatched.parquet"
 """How the files end that list what the merge could not join."""
 
+RESERVED = UNMATCHED.replace(".parquet", ".tar")
+"""How no tar may end: the quarantine of a.unmatched.tar would be the file that lists what of a.tar was not joined."""
+
 RECORD = b"shard_embed"
 """The key under which a Parquet footer carries its record."""
 
@@ -171,7 +174,8 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
     """Every `.tar` below the dataset's folder, sorted by name.
 
     :param key_dot: which dot of a file name ends a sample's key.
-    :raises InputError: no such folder, no tar in it, or compressed ones, which have no offsets to read at.
+    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, or a tar whose
+        files in the output would be another one's.
     """
     folder = Folder(dataset)
     try:
@@ -188,6 +192,11 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
                 raise InputError(f"{dataset}/{file.name}: compressed shards are not read; unpack it: {command}")
         if file.name.endswith(".tar"):
             name = file.name.removesuffix(".tar")
+            if file.name.endswith(RESERVED):
+                raise InputError(
+                    f"{dataset}/{file.name}: the quarantine has files of this name for what could not be joined; "
+                    f"rename the tar and its Parquet, such as to {name.replace('.', '-')}.tar"
+                )
             metadata_fingerprint = metadata.get(name)
             shard = Shard(name, dataset, output, file.size, file.fingerprint, metadata_fingerprint, key_dot=key_dot)
             shards.append(shard)

@@ -14,8 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedders import TimmImageEmbedder
 from embedders.errors import InputError
-from tasks.dataset import CARD, COMMON
+from flows.embed import embed_dataset
+from tasks.dataset import CARD, FORMER, SCHEMA
+from tasks.report import Manifest
+from tasks.run_lock import only_run
 
 from .conftest import IMG2DATASET, TINY, embed
 from .test_embed import written
@@ -51,6 +55,7 @@ def test_a_dataset_of_img2dataset_works_as_it_stands(crawl: Path) -> None:
     }
     manifest = json.loads((crawl / "out/manifest.json").read_text())
     assert (manifest["rows_without_image"], manifest["rows_without_embedding"]) == (8, 8)
+    assert Manifest(**manifest).told_rows == "16; 8 more have no embedding and are left out"
     assert manifest["warnings"] == []  # a download that failed is no mismatch of ids
 
 
@@ -98,12 +103,21 @@ def test_a_new_column_in_one_shard_reaches_all_files(copied: tuple[Path, Path]) 
     schemas = {pq.read_schema(path).remove_metadata() for path in files}
     assert len(schemas) == 1
     (schema,) = schemas
-    assert pq.read_schema(output / "metadata" / COMMON).remove_metadata() == schema
+    assert pq.read_schema(output / SCHEMA).remove_metadata() == schema
     assert schema.field("width").type == pa.float64()
     assert pq.read_table(output / "metadata")["nsfw"].null_count == 8
     again = written(output)
     assert embed(dataset, output).shards_cached == 2
     assert {name for name in again if written(output)[name] != again[name]} == {"manifest.json"}
+
+
+def test_the_schema_of_an_earlier_version_is_read_and_moved(copied: tuple[Path, Path]) -> None:
+    dataset, output = copied
+    before = written(output)
+    (output / SCHEMA).rename(output / FORMER)
+    assert embed(dataset, output).shards_cached == 2
+    assert {name for name, state in written(output).items() if before.get(name) != state} == {SCHEMA, "manifest.json"}
+    assert not (output / FORMER).exists()
 
 
 def test_types_that_contradict_each_other_are_refused_before_anything_is_written(crawl: Path, tmp_path: Path) -> None:
@@ -119,8 +133,8 @@ def test_types_that_contradict_each_other_are_refused_before_anything_is_written
 
 
 def test_the_footer_and_the_card_say_what_the_vectors_are(crawl: Path) -> None:
-    for name in ("00000.parquet", "00001.parquet", COMMON):
-        told = json.loads(pq.read_schema(crawl / "out/metadata" / name).metadata[b"embedding"])
+    for name in ("metadata/00000.parquet", "metadata/00001.parquet", SCHEMA):
+        told = json.loads(pq.read_schema(crawl / "out" / name).metadata[b"embedding"])
         assert (told["model"], told["weights"], told["normalized"]) == (TINY, "random, seed 0", True)
         assert (told["dimensions"], told["dtype"], told["type"]) == (64, "float32", "list")
         assert told["preprocessing"]["input_size"] == [3, 160, 160]
@@ -147,6 +161,7 @@ def test_null_rows_in_another_type_merge_again_and_embed_nothing(copied: tuple[P
     }
     manifest = embed(dataset, output, on_error="null", **form)
     assert (manifest.shards_cached, manifest.rows, manifest.rows_without_image) == (2, 24, 8)
+    assert manifest.told_rows == "24, 8 of them without an embedding"
     assert written(output)["embeddings/00000.parquet"] == files["embeddings/00000.parquet"]
     column = pq.read_table(output / "metadata")["image_embedding"]
     assert str(column.type) == "fixed_size_list<element: halffloat not null>[64]"
@@ -195,6 +210,58 @@ def test_in_place_adds_the_column_and_keeps_everything_else(crawl: Path, copied:
     assert embed(dataset, output, in_place=True).shards_cached == 2
     assert written(dataset) == kept
     assert sorted(path.name for path in dataset.iterdir()) == sorted(path.name for path in (crawl / "data").iterdir())
+
+
+def test_in_place_a_column_of_the_users_own_is_refused_before_anything_is_embedded(crawl: Path, tmp_path: Path) -> None:
+    shutil.copytree(crawl / "data", tmp_path / "data")
+    table = pq.read_table(tmp_path / "data/00001.parquet")
+    pq.write_table(table.append_column("image_embedding", table["caption"]), tmp_path / "data/00001.parquet")
+    before = written(tmp_path / "data")
+    for in_place in (True, False):
+        with pytest.raises(
+            InputError, match=r"00001\.parquet: has a column 'image_embedding' that shard-embed did not"
+        ):
+            embed(tmp_path / "data", tmp_path / "out", in_place=in_place)
+    assert written(tmp_path / "data") == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_place_two_runs_over_one_dataset_exclude_each_other(copied: tuple[Path, Path]) -> None:
+    """They read a file, add a column and replace it: the column of the one would be lost."""
+    dataset, output = copied
+    with (
+        only_run(str(dataset), "another", lost=str),
+        pytest.raises(InputError, match=r"another run writes here: 'another'.* or leave out --in-place"),
+    ):
+        embed(dataset, output.with_name("other"), in_place=True)
+    assert not output.with_name("other").exists()
+
+
+def test_in_place_what_a_killed_writer_left_beside_the_tars_is_removed(copied: tuple[Path, Path]) -> None:
+    dataset, output = copied
+    before = sorted(path.name for path in dataset.iterdir())
+    (dataset / f".00000.parquet.{'0' * 32}.tmp").write_bytes(b"half")
+    embed(dataset, output)
+    assert len(list(dataset.iterdir())) == len(before) + 1  # nothing of the user's folder is touched otherwise
+    embed(dataset, output, in_place=True)
+    assert sorted(path.name for path in dataset.iterdir()) == before
+
+
+@pytest.mark.parametrize("column", ["id", "key"])
+def test_the_embedding_column_cannot_be_the_ids(crawl: Path, tmp_path: Path, column: str) -> None:
+    embedder = TimmImageEmbedder(TINY, pretrained=False, image_embedding_column=column)
+    with pytest.raises(InputError, match=f"the embedding column cannot be called '{column}'"):
+        embed_dataset(str(crawl / "data"), str(tmp_path / "out"), embedder, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_members_with_the_embedding_column_are_refused_at_planning(crawl: Path, tmp_path: Path) -> None:
+    shutil.copytree(crawl / "data", tmp_path / "data")
+    for path in (tmp_path / "data").glob("*.parquet"):
+        path.unlink()
+    embedder = TimmImageEmbedder(TINY, pretrained=False, image_embedding_column="caption")
+    with pytest.raises(InputError, match=r"00000\.tar, json members: has a column 'caption'"):
+        embed_dataset(str(tmp_path / "data"), str(tmp_path / "out"), embedder, device="cpu")
 
 
 def test_in_place_and_rows_per_file_exclude_each_other(crawl: Path, tmp_path: Path) -> None:

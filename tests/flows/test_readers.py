@@ -26,6 +26,7 @@ from flows.export import main
 assert len(frame) == len(lazy) == len(table) == len(polars_frame) == len(relation) == len(rows) == 16
 assert matrix.shape == (16, 64)
 assert matrix.dtype == np.float32
+assert len(pl.scan_parquet("demo-out/metadata").collect()) == 16
 column = "image_embedding"
 assert (np.stack(frame[column]) == matrix).all()
 assert (np.stack(lazy.compute()[column]) == matrix).all()

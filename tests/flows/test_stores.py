@@ -134,8 +134,6 @@ def rows(fs: Any, folder: str) -> dict[str, list[dict[str, Any]]]:
     """What the merged files of an output hold, by name."""
     found = {}
     for path in fs.find(folder):
-        if path.endswith("/_common_metadata"):  # the schema of them all
-            continue
         with fs.open(path) as file:
             found[path.rpartition("/")[2]] = pq.read_table(file).to_pylist()
     return found
@@ -177,8 +175,8 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
     assert names == {f"{kind}/{shard.name}.{end}" for kind, end in kinds.items() for shard in shards} | {
         "README.md",
         "manifest.json",
-        "metadata/_common_metadata",
         "report.html",
+        "schema.parquet",
         "quarantine/00000.parquet",
     }
 

@@ -29,6 +29,8 @@ from tasks.shards import (
 )
 from tasks.storage import Folder
 
+from .conftest import MakeShard
+
 SHARD = Shard("a/00000", "/data", "/out", 10, "10-1.5", "20-2.5")
 EMBEDDED = EmbeddingRecord("k", "e", samples=3, embedded=2, quarantined={"empty": 1}, dimensions=4)
 MERGED = MergeRecord("k", rows=2, rows_without_embedding=1, embeddings_without_row=0)
@@ -165,3 +167,9 @@ def test_the_command_that_packs_a_folder_makes_a_dataset_of_it(tmp_path: Path) -
     (shard,) = find_shards(str(tmp_path / "shards"), "/out")
     keys = [sample.key for sample in read_tar_file(shard.source.path(shard.tar), "tar").samples]
     assert sorted(keys) == ["a", "b"]
+
+
+def test_a_tar_whose_quarantine_would_be_another_ones_list_is_refused(make_shard: MakeShard) -> None:
+    make_shard("a")
+    with pytest.raises(InputError, match=r"a\.unmatched\.tar: .*rename the tar .* to a-unmatched\.tar"):
+        make_shard("a.unmatched")
