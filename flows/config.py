@@ -134,7 +134,7 @@ class RunOptions(_Options):
     )
     use_index_files: bool = Field(True, description="Keep the shards' indexes in the output and use them again.")
     shard_timeout: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Seconds after which a shard that does not get on is given up; by default by its size."
+        None, description="Seconds without a batch after which a shard is given up; 10 to 40 minutes by default."
     )
     staging_space: ByteSize = Field(
         ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."

@@ -365,8 +365,9 @@ class Folder:
     def _may_pass(self, error: Exception) -> bool:
         """Whether a store's error may be gone at the next attempt."""
         told = as_os_error(error)
-        lasts = self.is_local or not isinstance(told, OSError) or isinstance(told, PERMANENT)
-        return not lasts and not beyond_the_end(told)
+        if self.is_local or not isinstance(told, OSError) or isinstance(told, PERMANENT):
+            return False
+        return not beyond_the_end(told)
 
 
 def parted(place: str) -> tuple[Folder, str]:

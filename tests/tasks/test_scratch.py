@@ -60,8 +60,8 @@ def test_only_what_carries_the_mark_is_removed(root: Path, tmp_path: Path) -> No
     (root / "linked").symlink_to(elsewhere)
     (root / "odd" / MARK).symlink_to(elsewhere / MARK)
     (root / "file").write_text("x")
-    with scratch() as folder:
-        left = {path.name for path in root.iterdir()} - {Path(folder).name}
+    with scratch() as mine:
+        left = {path.name for path in root.iterdir()} - {Path(mine).name}
     assert left == {"theirs", "odd", "linked", "file"}
     assert (elsewhere / "0.tar").exists()
     assert (root / "theirs" / "0.tar").exists()

@@ -114,7 +114,7 @@ class Slow(ImageEmbedder):
 
     def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         for sample_id in open_shard(tar_path).ids:
-            time.sleep(0.7)
+            time.sleep(1.2)
             yield [[1.0, 2.0]], [{"key": sample_id}]
 
     def load_embedding_model(self, device: str) -> Any:
@@ -122,9 +122,9 @@ class Slow(ImageEmbedder):
 
 
 def test_batches_are_progress_and_not_whole_shards(make_shard: MakeShard) -> None:
-    shard, embedder = make_shard(keys=tuple("abcdefgh")), Slow()
-    (record,) = embed_group([shard], embedder, EmbedOptions("key", "slow", "cpu", shard_timeout=3))
-    assert record.embedded == 8
+    shard, embedder = make_shard(keys=tuple("abcdef")), Slow()
+    (record,) = embed_group([shard], embedder, EmbedOptions("key", "slow", "cpu", shard_timeout=5))
+    assert record.embedded == 6
 
 
 class Hangs(ImageEmbedder):
