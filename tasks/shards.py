@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
@@ -150,8 +151,11 @@ class MergeRecord:
 def find_shards(dataset: str, output: str) -> list[Shard]:
     """Every `.tar` below the dataset's folder, sorted by name.
 
-    :raises InputError: no such folder, no tar in it, or compressed ones, which have no offsets to read at.
+    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, or a name that
+        is not UTF-8.
     """
+    for path in (dataset, output):
+        _check_name(path)
     folder = Folder(dataset)
     try:
         files = folder.list(".tar", ".parquet", *UNPACK)
@@ -166,11 +170,23 @@ def find_shards(dataset: str, output: str) -> list[Shard]:
             if file.name.endswith(suffix):
                 raise InputError(f"{dataset}/{file.name}: compressed shards are not read; unpack it: {command}")
         if file.name.endswith(".tar"):
+            _check_name(f"{dataset}/{file.name}")
             name = file.name.removesuffix(".tar")
             shards.append(Shard(name, dataset, output, file.size, file.fingerprint, metadata.get(name)))
     if not shards:
         raise InputError(f"{dataset}: no .tar files; give the folder that holds the WebDataset shards")
     return shards
+
+
+def _check_name(path: str) -> None:
+    """Refuse names that neither a Parquet file nor Prefect can store."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(
+            f"{shown}: its name is not UTF-8; rename it (convmv -f latin1 -t utf8 finds such names)"
+        ) from error
 
 
 def with_content_fingerprints(shards: Sequence[Shard]) -> list[Shard]:

@@ -20,9 +20,9 @@ from websockets.sync.client import connect
 NOBODY = 65534
 READS = [
     *("/", "/info/main/workers.html", "/info/main/logs.html", "/json/counts.json", "/json/index.html", "/metrics"),
-    *("/status", "/sitemap.json", "/health", "/api/admin/version", "/api/admin/settings", "/api/ui-settings"),
-    *("/openapi.json", "/api/openapi.json", "/docs", "/api/docs", "/ui-settings"),
+    *("/status", "/health", "/api/admin/version", "/api/admin/settings", "/api/openapi.json"),
 ]
+"""Prefect's documentation (/docs) and /ui-settings are open, and Dask's /sitemap.json: they tell nothing of a run."""
 POSTS = [f"/api/{what}/filter" for what in ("flow_runs", "task_runs", "flows", "logs", "artifacts", "events")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,10 @@ def test_no_folder_and_no_tars_are_told_apart(tmp_path: Path) -> None:
         find_shards(str(tmp_path), "/out")
     with pytest.raises(InputError, match="no such folder"):
         find_shards(str(tmp_path / "x"), "/out")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """Neither Parquet nor Prefect can store it."""
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).touch()
+    with pytest.raises(InputError, match=r"/caf\\xe9.tar: its name is not UTF-8; rename it"):
+        find_shards(str(tmp_path), str(tmp_path / "out"))
