@@ -71,7 +71,8 @@ def get_client(
     if cluster_type == "gpu" and scheduler_address is None:
         if not count_gpus():
             raise InputError(
-                "get_client: no GPU is visible here; give cluster_type='cpu', or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+                "get_client: no GPU is visible here; give cluster_type='cpu', "
+                "or check nvidia-smi and CUDA_VISIBLE_DEVICES"
             )
         choose_device("gpu")
     _client = ClientSettings(cluster_type, n_workers, scheduler_address)

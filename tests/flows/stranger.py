@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from distributed.core import rpc
 from distributed.security import Security
@@ -50,11 +51,13 @@ def web(port: int) -> list[str]:
 
 def listen(port: int) -> list[str]:
     """Subscribe to Prefect's events with a wrong password."""
-    with contextlib.suppress(Exception):
-        with connect(f"ws://127.0.0.1:{port}/api/events/out", subprotocols=["prefect"], open_timeout=3) as socket:  # type: ignore[list-item]
-            socket.send(json.dumps({"type": "auth", "token": "wrong"}))
-            if "auth_success" in str(socket.recv(3)):
-                return [f"{port}: events"]
+    wrong = json.dumps({"type": "auth", "token": "wrong"})
+    protocol: Any = ["prefect"]
+    address = f"ws://127.0.0.1:{port}/api/events/out"
+    with contextlib.suppress(Exception), connect(address, subprotocols=protocol, open_timeout=3) as socket:
+        socket.send(wrong)
+        if "auth_success" in str(socket.recv(3)):
+            return [f"{port}: events"]
     return []
 
 
