@@ -9,13 +9,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import pyarrow.parquet as pq
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
+from tasks.cluster import choose_device, count_gpus
 from tasks.report import Manifest
 from tasks.storage import Folder
 from tasks.vectors import write_vectors
@@ -58,7 +59,7 @@ def get_client(
     :param cluster_type: "gpu": one worker a GPU; "cpu": processes.
     :param n_workers: worker processes.
     :param scheduler_address: a Dask scheduler to use instead.
-    :raises InputError: another cluster type, or an option that has no meaning here.
+    :raises InputError: another cluster type, no GPU for "gpu", or an option that has no meaning here.
     """
     global _client
     if cluster_type not in ("gpu", "cpu"):
@@ -67,8 +68,24 @@ def get_client(
         raise InputError(
             f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/cluster.py"
         )
+    if cluster_type == "gpu" and scheduler_address is None:
+        if not count_gpus():
+            raise InputError(
+                "get_client: no GPU is visible here; give cluster_type='cpu', "
+                "or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+            )
+        choose_device("gpu")
     _client = ClientSettings(cluster_type, n_workers, scheduler_address)
     return _client
+
+
+INSTEAD = {
+    "metadata": "read the files that save_metadata(path) writes: dask.dataframe.read_parquet(path)",
+    "tar_files": "list them: sorted(pathlib.Path(dataset.path).glob('*.tar'))",
+    "to_webdataset": "filter the files that save_metadata(path) writes by their column, and write tars of the ids that "
+    "are left with webdataset.ShardWriter",
+}
+"""What takes the place of those attributes of NeMo Curator's dataset that are not here."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,11 @@ class ImageTextPairDataset:
     def from_webdataset(cls, path: str | os.PathLike[str], id_col: str) -> Self:
         """A dataset of .tar shards with their metadata Parquets beside them; nothing is read yet."""
         return cls(os.fspath(path).rstrip("/"), id_col)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Name what takes the place of an attribute that NeMo Curator's dataset has."""
+        instead = f"; {INSTEAD[name]}" if name in INSTEAD else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{instead}", name=name, obj=self)
 
     def embed_with(self, embedder: ImageEmbedder) -> Self:
         """The same dataset with one more embedding column to come; lazy."""

@@ -20,7 +20,7 @@ from embedders.base import ImageEmbedder
 from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
-from flows.progress import Progress, Several, Silent
+from flows.progress import Progress, Several, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
 from flows.work import Course, HandedOver, Work, count_shards, handed_over, prepare, received, surely_unfinished
@@ -64,6 +64,7 @@ def embed_dataset(
     embedder: ImageEmbedder | None = None,
     *,
     progress: Progress | None = None,
+    verbose: bool = False,
     **parameters: Any,
 ) -> Manifest:
     """Embed every image of a dataset, doing only what is missing.
@@ -71,13 +72,15 @@ def embed_dataset(
     :param dataset: folder or fsspec URL with the shards.
     :param output: folder or fsspec URL for what is made.
     :param embedder: by default a TimmImageEmbedder with the parameters given.
-    :param progress: is told what happens; silent by default.
+    :param progress: is told what happens; by default a live view on a terminal or in a notebook, silence elsewhere.
+    :param verbose: let Prefect and Dask speak too.
     :param parameters: the other fields of `flows.config.EmbedConfig`.
     :return: the account. `shards_failed` is 0 unless some shards failed after their retries.
     :raises InputError: the call or its input is wrong; nothing is written then.
     """
     config = EmbedConfig(dataset=str(dataset), output=str(output), **parameters)
-    return run(config, embedder, progress or Silent())
+    with contextlib.nullcontext() if verbose else quiet():
+        return run(config, embedder, progress or progress_here())
 
 
 def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
@@ -292,7 +295,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     plan, first, anything = work.plan, 0.0, work.anything
     if anything:
         with (
-            (task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner()) as runner,
+            task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner() as runner,
             progress,
             noticing_prefects_signal(),
         ):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
+import logging
+import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -218,6 +221,64 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self._live.stop()
+
+
+class Notebook(Terminal):
+    """Shows in a notebook what a terminal shows, in one output that each group of shards updates."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._output: Any = None
+
+    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+        """Count a group of shards, and show it."""
+        from IPython.display import HTML, display
+
+        self.pace.count(records)
+        page = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
+        page.print(self.view())
+        html = HTML(page.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+        if self._output is None:
+            self._output = display(html, display_id=True)
+        else:
+            self._output.update(html)
+
+
+def progress_here() -> Progress:
+    """Return a live view on a terminal or in a notebook, and silence elsewhere."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.is_jupyter:
+        return Notebook(console)
+    return Terminal(console) if console.is_terminal else Silent()
+
+
+CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Prefect's and Dask's own log lines to themselves within the block, here and in the workers it starts.
+
+    Prefect's server still gets them. Where the user has set PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL, that counts.
+    """
+    if CONSOLE_LEVEL in os.environ:
+        yield
+        return
+    import distributed  # noqa: F401  # its import sets levels
+
+    prefect, dask, nowhere = logging.getLogger("prefect"), logging.getLogger("distributed"), logging.NullHandler()
+    propagate, level = prefect.propagate, dask.level
+    os.environ[CONSOLE_LEVEL] = "CRITICAL"
+    prefect.propagate = False
+    prefect.addHandler(nowhere)  # without any handler Python would print warnings
+    dask.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        dask.setLevel(level)
+        prefect.removeHandler(nowhere)
+        prefect.propagate = propagate
+        os.environ.pop(CONSOLE_LEVEL, None)
 
 
 def open_gpus() -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -174,9 +175,11 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
     """Every `.tar` below the dataset's folder, sorted by name.
 
     :param key_dot: which dot of a file name ends a sample's key.
-    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, or a tar whose
-        files in the output would be another one's.
+    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, a name that is
+        not UTF-8, or a tar whose files in the output would be another one's.
     """
+    for path in (dataset, output):
+        _check_name(path)
     folder = Folder(dataset)
     try:
         files = folder.list(".tar", ".parquet", *UNPACK)
@@ -191,6 +194,7 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
             if file.name.endswith(suffix):
                 raise InputError(f"{dataset}/{file.name}: compressed shards are not read; unpack it: {command}")
         if file.name.endswith(".tar"):
+            _check_name(f"{dataset}/{file.name}")
             name = file.name.removesuffix(".tar")
             if file.name.endswith(RESERVED):
                 raise InputError(
@@ -229,6 +233,17 @@ def _no_shards(folder: Folder) -> InputError:
 
 def _pack(folder: str) -> str:
     return f"mkdir shards && tar -C {shlex.quote(folder)} -cf shards/00000.tar ."
+
+
+def _check_name(path: str) -> None:
+    """Refuse names that neither a Parquet file nor Prefect can store."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(
+            f"{shown}: its name is not UTF-8; rename it (convmv -f latin1 -t utf8 finds such names)"
+        ) from error
 
 
 def with_content_fingerprints(shards: Sequence[Shard]) -> list[Shard]:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from distributed.core import rpc
 from distributed.security import Security
@@ -20,9 +21,9 @@ from websockets.sync.client import connect
 NOBODY = 65534
 READS = [
     *("/", "/info/main/workers.html", "/info/main/logs.html", "/json/counts.json", "/json/index.html", "/metrics"),
-    *("/status", "/sitemap.json", "/health", "/api/admin/version", "/api/admin/settings", "/api/ui-settings"),
-    *("/openapi.json", "/api/openapi.json", "/docs", "/api/docs", "/ui-settings"),
+    *("/status", "/health", "/api/admin/version", "/api/admin/settings", "/api/openapi.json"),
 ]
+"""Prefect's documentation (/docs) and /ui-settings are open, and Dask's /sitemap.json: they tell nothing of a run."""
 POSTS = [f"/api/{what}/filter" for what in ("flow_runs", "task_runs", "flows", "logs", "artifacts", "events")]
 
 
@@ -50,11 +51,13 @@ def web(port: int) -> list[str]:
 
 def listen(port: int) -> list[str]:
     """Subscribe to Prefect's events with a wrong password."""
-    with contextlib.suppress(Exception):
-        with connect(f"ws://127.0.0.1:{port}/api/events/out", subprotocols=["prefect"], open_timeout=3) as socket:  # type: ignore[list-item]
-            socket.send(json.dumps({"type": "auth", "token": "wrong"}))
-            if "auth_success" in str(socket.recv(3)):
-                return [f"{port}: events"]
+    wrong = json.dumps({"type": "auth", "token": "wrong"})
+    protocol: Any = ["prefect"]
+    address = f"ws://127.0.0.1:{port}/api/events/out"
+    with contextlib.suppress(Exception), connect(address, subprotocols=protocol, open_timeout=3) as socket:
+        socket.send(wrong)
+        if "auth_success" in str(socket.recv(3)):
+            return [f"{port}: events"]
     return []
 
 

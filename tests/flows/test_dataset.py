@@ -132,3 +132,21 @@ def test_columns_in_place_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="no column nothing"):
         dataset.save_metadata(folder / "elsewhere", columns=["nothing"])
     assert not (folder / "elsewhere").exists()
+
+
+def test_a_gpu_that_is_not_there_is_missed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InputError, match="no GPU is visible here; give cluster_type='cpu'"):
+        get_client("gpu")
+    get_client("gpu", scheduler_address="tcp://127.0.0.1:8786")  # its workers may have some
+    get_client("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("metadata", "read_parquet"), ("tar_files", "glob"), ("to_webdataset", "ShardWriter"), ("other", "'other'$")],
+)
+def test_what_the_dataset_of_nemo_curator_has_and_this_has_not_is_named(name: str, instead: str) -> None:
+    with pytest.raises(AttributeError, match=f"ImageTextPairDataset has no attribute '{name}'|{instead}") as raised:
+        getattr(ImageTextPairDataset.from_webdataset("data", "key"), name)
+    assert instead.rstrip("$") in str(raised.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -173,3 +174,10 @@ def test_a_tar_whose_quarantine_would_be_another_ones_list_is_refused(make_shard
     make_shard("a")
     with pytest.raises(InputError, match=r"a\.unmatched\.tar: .*rename the tar .* to a-unmatched\.tar"):
         make_shard("a.unmatched")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """Neither Parquet nor Prefect can store it."""
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).touch()
+    with pytest.raises(InputError, match=r"/caf\\xe9.tar: its name is not UTF-8; rename it"):
+        find_shards(str(tmp_path), str(tmp_path / "out"))
