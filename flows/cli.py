@@ -173,7 +173,7 @@ def _tell(manifest: Any) -> None:
         console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
     if manifest.ignored:
         examples = ", ".join(manifest.ignored_examples)
-        console.print(f"{manifest.ignored} members of the tars are part of no sample, such as {examples}")
+        console.print(f"part of no sample: {manifest.ignored} of the tars' members, such as {examples}")
     if manifest.rows_without_embedding or manifest.embeddings_without_row:
         console.print(
             f"{manifest.rows_without_embedding} metadata rows have no embedding, "

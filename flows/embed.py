@@ -72,7 +72,8 @@ def embed_dataset(
     :param embedder: by default a TimmImageEmbedder with the parameters given.
     :param progress: is told what happens; silent by default.
     :param parameters: the other fields of `flows.config.EmbedConfig`.
-    :return: the account. `shards_failed` is 0 unless some shards failed after their retries.
+    :return: the account. `shards_failed` is 0 unless some shards failed after their retries, and `over_limit` is
+        empty unless more samples are quarantined than `max_quarantined` allows.
     :raises InputError: the call or its input is wrong; nothing is written then.
     """
     config = EmbedConfig(dataset=str(dataset), output=str(output), **parameters)
