@@ -123,13 +123,13 @@ class Sample(NamedTuple):
 class Ignored(NamedTuple):
     """The members that are part of no sample: how many there are, and the names of the first ones."""
 
-    count: int = 0
+    total: int = 0
     examples: tuple[str, ...] = ()
 
     def and_one(self, name: str) -> Ignored:
         """These, and one more."""
         few = len(self.examples) < IGNORED_EXAMPLES
-        return Ignored(self.count + 1, (*self.examples, printable(name)[:NAME_SHOWN]) if few else self.examples)
+        return Ignored(self.total + 1, (*self.examples, printable(name)[:NAME_SHOWN]) if few else self.examples)
 
 
 NONE_IGNORED = Ignored()
@@ -426,7 +426,7 @@ def format_index(index: TarIndex, fingerprint: str, key_dot: KeyDot = "first") -
         for sample in index.samples
     ]
     body = "".join(f"{line}\n" for line in lines)
-    rest = json.dumps([index.ignored.count, *index.ignored.examples])
+    rest = json.dumps([index.ignored.total, *index.ignored.examples])
     marks = f"{INDEX_MARK} tar={quote(fingerprint)} keys={key_dot} ignored={quote(rest)} doubt={quote(index.doubt)}"
     first = f"v1.2 {len(index.samples)} {marks}"
     return f"{first} crc32={_checksum(first + body)}\n{body}"

@@ -190,7 +190,7 @@ def _tell(manifest: Manifest) -> None:
         console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
     if manifest.ignored:
         examples = ", ".join(manifest.ignored_examples)
-        console.print(f"{manifest.ignored} members of the tars are part of no sample, such as {examples}")
+        console.print(f"part of no sample: {manifest.ignored} of the tars' members, such as {examples}")
     if manifest.rows_without_embedding or manifest.embeddings_without_row:
         console.print(
             f"metadata rows without an embedding: {manifest.rows_without_embedding:,}; "

@@ -75,7 +75,8 @@ def embed_dataset(
     :param progress: is told what happens; by default a live view on a terminal or in a notebook, silence elsewhere.
     :param verbose: let Prefect and Dask speak too.
     :param parameters: the other fields of `flows.config.EmbedConfig`.
-    :return: the account. `shards_failed` is 0 unless some shards failed after their retries.
+    :return: the account. `shards_failed` is 0 unless some shards failed after their retries, and `over_limit` is
+        empty unless more samples are quarantined than `max_quarantined` allows.
     :raises InputError: the call or its input is wrong; nothing is written then.
     """
     config = EmbedConfig(dataset=str(dataset), output=str(output), **parameters)

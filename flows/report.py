@@ -105,6 +105,8 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
+    if manifest.over_limit:
+        failed += f"<p class=wrong>Failed: {_text(manifest.over_limit)} (--max-quarantined)</p>"
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
 
 

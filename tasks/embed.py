@@ -279,7 +279,7 @@ def write_embeddings(
         work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)}
         | {stage: round(seconds, 3) for stage, seconds in (stages or {}).items()},
         worker=f"{platform.node()}:{os.getpid()}",
-        ignored=embedded.shard.samples.ignored.count,
+        ignored=embedded.shard.samples.ignored.total,
         ignored_examples=list(embedded.shard.samples.ignored.examples),
         doubt=embedded.shard.samples.doubt,
         computed=computed,

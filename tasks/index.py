@@ -95,8 +95,8 @@ def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool =
         try:
             found, ignored, doubt = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
             samples += found
-            if ignored.count:
-                logger.info("%s: %d members are no samples, such as %s", shard.tar, ignored.count, ignored.examples[0])
+            if ignored.total:
+                logger.info("%s: %d members are no samples, such as %s", shard.tar, ignored.total, ignored.examples[0])
             if doubt:
                 logger.warning("%s: samples may be missing at its end: %s", shard.tar, doubt)
         except Exception as error:

@@ -191,14 +191,17 @@ def _quarantined(plan: Plan) -> list[str]:
 
 
 def _doubtful(plan: Plan) -> list[str]:
+    """A line where tars could be read and yet may have lost their end."""
     doubts = [f"{name}.tar ({record.doubt})" for name, record in plan.embedded.items() if record.doubt]
     if not doubts:
         return []
     examples = ", ".join(doubts[:EXAMPLES])
-    return [f"{len(doubts):,} tars may lack their last samples, such as {examples}; compare them with their source"]
+    found = f"{len(doubts):,} of {len(plan.embedded):,} tars, such as {examples}"
+    return [f"samples may be missing at the end of {found}; compare them with their source"]
 
 
 def _ignored_examples(plan: Plan) -> list[str]:
+    """Names of members that are part of no sample, with their tars."""
     found = (f"{name}.tar/{it}" for name, record in plan.embedded.items() for it in record.ignored_examples)
     return list(itertools.islice(found, EXAMPLES))
 

@@ -222,11 +222,11 @@ def _no_shards(folder: Folder) -> InputError:
         return InputError(f"{url}: a file; give the folder that holds the .tar shards")
     images = folder.list(*(f".{extension}" for kind in image_extensions() for extension in (kind, kind.upper())))
     if images:
-        found = f"no .tar files, but {len(images):,} pictures such as {images[0].name}"
+        found = f"no .tar files, but pictures such as {images[0].name} ({len(images):,} in all)"
         return InputError(f"{url}: {found}; pack them: {_pack(url)}, and give shards as the dataset")
     zips = folder.list(".zip")
     if zips:
-        found = f"no .tar files, but {len(zips):,} zip archives such as {zips[0].name}"
+        found = f"no .tar files, but zip archives such as {zips[0].name} ({len(zips):,} in all)"
         return InputError(f"{url}: {found}; unpack them and pack their files into tars: {_pack('pictures')}")
     return InputError(f"{url}: no .tar files; give the folder that holds the WebDataset shards")
 

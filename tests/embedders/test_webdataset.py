@@ -109,7 +109,7 @@ def test_v7_has_no_magic_and_its_directories_end_in_a_slash() -> None:
         data[at : at + BLOCK] = signed(bytes(data[at : at + 156]) + bytes(BLOCK - 156))
     index = read_tar(bytes(data))
     assert names_and_places(index) == pythons(bytes(data)) == [("d.x/0.jpg", 2 * BLOCK, 3)]
-    assert index.ignored.count == 0
+    assert index.ignored.total == 0
 
 
 def test_names_that_are_not_utf8_come_through() -> None:
@@ -153,7 +153,7 @@ def test_devices_and_macos_files_are_ignored_by_name_and_directories_silently() 
     assert [sample.key for sample in index.samples] == ["0"]
     assert index.ignored == Ignored(3, ("3.jpg", "._0.jpg", "README"))
     many = read_tar(tar_of(*(entry(f"{number}", size=1) for number in range(20))))
-    assert (many.ignored.count, len(many.ignored.examples)) == (20, 5)
+    assert (many.ignored.total, len(many.ignored.examples)) == (20, 5)
 
 
 def test_links_within_the_tar_are_the_members_they_point_to(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_links_within_the_tar_are_the_members_they_point_to(tmp_path: Path) -> N
         assert {shard.ids[i]: why for i, why in shard.unusable.items()} == {
             key: (Reason.MISSING_IMAGE, f"{key}.jpg is a link to what the tar does not hold") for key in "56"
         }
-        assert shard.index.ignored.count == 0
+        assert shard.index.ignored.total == 0
 
 
 def test_the_key_ends_at_the_first_dot_of_the_file_name() -> None:

@@ -59,6 +59,13 @@ def test_no_tars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no .tar files" in fails(capsys, tmp_path / "out", tmp_path / "data")
 
 
+def test_a_folder_of_pictures_says_how_to_pack_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"x")
+    line = fails(capsys, tmp_path / "out", tmp_path / "photos")
+    assert "no .tar files, but pictures such as cat.jpg (1 in all); pack them: mkdir shards && tar -C " in line
+
+
 @pytest.mark.parametrize(("ending", "command"), [(".tar.gz", "gunzip"), (".tar.zst", "zstd -d")])
 def test_compressed_shards_say_how_to_unpack(
     capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, ending: str, command: str
@@ -243,7 +250,7 @@ def test_a_few_ambiguous_samples_in_the_first_tar_are_quarantined(
     told = capsys.readouterr().err
     assert "125 embedded + 3 quarantined (2 ambiguous_image, 1 " in told
     assert "is in the tar twice" in told
-    assert "1 members of the tars are part of no sample, such as 00000.tar/README" in told
+    assert "part of no sample: 1 of the tars' members, such as 00000.tar/README" in told
     assert main([*call, "--max-quarantined", "2.4%"]) == 0
     capsys.readouterr()
     assert main([*call, "--quiet", "--max-quarantined", "2.3%"]) == 1

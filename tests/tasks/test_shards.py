@@ -138,8 +138,12 @@ def test_no_folder_and_no_tars_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "dataset", "says"),
     [
-        (["b.txt", "x/a.jpg", "x/c.JFIF"], "", r"2 pictures such as x/a\.jpg; pack them: mkdir shards && tar -C "),
-        (["a.zip", "b.zip"], "", r"no \.tar files, but 2 zip archives such as a\.zip; unpack them"),
+        (
+            ["b.txt", "x/a.jpg", "x/c.JFIF"],
+            "",
+            r"pictures such as x/a\.jpg \(2 in all\); pack them: mkdir shards && tar -C ",
+        ),
+        (["a.zip", "b.zip"], "", r"no \.tar files, but zip archives such as a\.zip \(2 in all\); unpack them"),
         (["a.zip"], "a.zip", r"a\.zip: a zip archive; unpack it .*: unzip a\.zip -d pictures && mkdir shards"),
         (["0.tar"], "0.tar", r"0\.tar: this is one shard; give the folder that holds it: \S+$"),
         (["list.txt"], "list.txt", "a file; give the folder"),
