@@ -115,8 +115,12 @@ def _quieten() -> None:
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    with contextlib.suppress(AttributeError, OSError):  # a Pillow without libtiff, or linked in another way
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+    with contextlib.suppress(
+        ImportError, AttributeError, OSError
+    ):  # a Pillow without libtiff, or linked in another way
+        from PIL import _imaging
+
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def _upright(image: Image.Image) -> Image.Image:

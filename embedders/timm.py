@@ -42,7 +42,7 @@ NO_CORE_DECODES = 1000
 """Images a second that no core decodes exactly, unless they are thumbnails: 330 to 420 photographs of 500x375."""
 
 LESS = 8
-"""How much smaller a batch is tried if one is too large for a CPU's memory, where the loader holds some more of them."""
+"""How much smaller a batch is tried if one is too large for a CPU's memory: the loader holds more of them."""
 
 PROCESS_OWNED = frozenset(
     {"_loader", "_decoder", "_measured", "_expected", "_decided", "_largest", "_planned_weights", "weights"}
@@ -378,9 +378,10 @@ class TimmImageEmbedder(ImageEmbedder):
         theirs = self.checkpoint is not None or self.model_name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
         if not (theirs and self.keeps_head) or self.weights.architecture.startswith("eva"):
             return model
-        bias = getattr(model.get_classifier(), "bias", None)
+        classifier: Any = model
+        bias = getattr(classifier.get_classifier(), "bias", None)
         if bias is not None and bool(bias.any()):
-            model.reset_classifier(0)
+            classifier.reset_classifier(0)
         return model
 
     def _dtype(self, device: str) -> torch.dtype:

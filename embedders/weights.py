@@ -135,10 +135,9 @@ def projects(tag: str) -> bool:
     import timm
 
     cfg = timm.get_pretrained_cfg(tag)
-    contrastive = cfg is not None and any(
-        word in f"{tag}.{cfg.hf_hub_id or ''}".lower() for word in ("clip", "_pe_core")
-    )
-    return contrastive and bool(cfg.num_classes) and cfg.num_classes not in LABEL_COUNTS
+    if cfg is None or not cfg.num_classes or cfg.num_classes in LABEL_COUNTS:
+        return False
+    return any(word in f"{tag}.{cfg.hf_hub_id or ''}".lower() for word in ("clip", "_pe_core"))
 
 
 @functools.cache
@@ -147,7 +146,8 @@ def projection_widths(architecture: str) -> frozenset[int]:
     import timm
 
     tags = timm.list_models(f"{architecture}.*", pretrained=True)
-    return frozenset(timm.get_pretrained_cfg(tag).num_classes for tag in tags if projects(tag))
+    cfgs = [timm.get_pretrained_cfg(tag) for tag in tags if projects(tag)]
+    return frozenset(cfg.num_classes for cfg in cfgs if cfg is not None)
 
 
 def _checkpoint_identity(checkpoint: str) -> str:

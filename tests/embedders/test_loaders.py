@@ -233,7 +233,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 def hidden_first_frame(photo: Image.Image) -> bytes:
     """An APNG that shows a grey image where animations are not read, and else the photograph."""
     default = Image.new("RGB", photo.size, "grey")
-    default.encoderinfo = {}  # type: ignore[attr-defined]
+    default.encoderinfo = {}
     return save(default, "PNG", save_all=True, default_image=True, append_images=[photo, photo.rotate(9)])
 
 

@@ -161,7 +161,7 @@ def test_a_fine_tuned_clip_gives_features_not_logits(
 ) -> None:
     from timm.models import save_for_hf
 
-    model = timm.create_model("vit_xsmall_patch16_clip_224", pretrained=False, num_classes=classes)
+    model: Any = timm.create_model("vit_xsmall_patch16_clip_224", pretrained=False, num_classes=classes)
     torch.nn.init.constant_(model.head.bias, bias)
     save_for_hf(model, str(tmp_path), model_config={"label_names": labels} if labels else None, safe_serialization=True)
     embedder = TimmImageEmbedder(f"local-dir:{tmp_path}")
