@@ -97,8 +97,8 @@ def _same(one: pa.Array, other: pa.Array) -> bool:
     if not one.is_valid().equals(other.is_valid()):
         return False
     if pa.types.is_floating(kind):
-        values = (array.drop_null().to_numpy(zero_copy_only=False) for array in (one, other))
-        return np.array_equal(*values, equal_nan=True)
+        values, others = (array.drop_null().to_numpy(zero_copy_only=False) for array in (one, other))
+        return np.array_equal(values, others, equal_nan=True)
     if pa.types.is_struct(kind):  # `flatten` gives children the nulls of their parents
         return all(_same(a, b) for a, b in zip(one.flatten(), other.flatten(), strict=True))
     if pa.types.is_map(kind):

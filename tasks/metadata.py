@@ -191,7 +191,6 @@ def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
                 "write it as another type, or leave it out"
             )
     return plain_schema(schema.remove_metadata())
-    return schema
 
 
 def check_columns(schema: pa.Schema, where: str, column: str) -> None:

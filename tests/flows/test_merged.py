@@ -230,7 +230,7 @@ def test_in_place_two_runs_over_one_dataset_exclude_each_other(copied: tuple[Pat
     """They read a file, add a column and replace it: the column of the one would be lost."""
     dataset, output = copied
     with (
-        only_run(str(dataset), "another", lost=str),
+        only_run(str(dataset), "another", lost=print),
         pytest.raises(InputError, match=r"another run writes here: 'another'.* or leave out --in-place"),
     ):
         embed(dataset, output.with_name("other"), in_place=True)
