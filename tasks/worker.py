@@ -104,7 +104,7 @@ class SharedEngine:
 
     def close(self) -> None:
         """End the thread and free the engine. Nobody may use it any more."""
-        if self._thread.is_alive():
+        if self.failure is None and self._thread.is_alive():  # one that failed ends by itself, whatever is in line
             self._line.put(None)
         self._thread.join()
         gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
