@@ -34,12 +34,14 @@ import pyarrow.parquet as pq
 
 from benchmarks.throughput import run_alone
 from embedders import TimmImageEmbedder
-from tasks.dataset import finish_dataset
+from tasks.dataset.card import finish_dataset
+from tasks.dataset.description import describe, footer
+from tasks.dataset.vectors import rows_a_group, vector_array, write_vectors
 from tasks.embed import versions
-from tasks.footer import describe, footer
+from tasks.keys import digest, embedding_key
 from tasks.plan import MergeOptions, make_plan, merged_key
-from tasks.shards import EmbeddingRecord, MergeRecord, Shard, digest, embedding_key, find_shards, with_record
-from tasks.vectors import rows_a_group, vector_array, write_vectors
+from tasks.records import EmbeddingRecord, MergeRecord, with_record
+from tasks.shards import Shard, find_shards
 
 ROWS, DIMENSIONS, SHARDS, WORKERS = 10_000, 768, 100, 2
 OPTIONS = MergeOptions("key", "image_embedding")
@@ -310,7 +312,7 @@ def _embedder() -> TimmImageEmbedder:
 def _plan(folder: str) -> tuple[float, int, int, int]:
     """Of what the command does before its flow: seconds, memory it took, all of the process's, shards left to do."""
     from flows.config import EmbedConfig
-    from flows.work import prepare
+    from flows.prepare import prepare
 
     _embedder().fingerprint()  # imports torch and timm, which any run needs
     before = _reset_peak()

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from flows.report import write_report
-from tasks.checks import measure_vectors
-from tasks.report import Manifest, write_manifest
-from tasks.search import find_vector, nearest
-from tasks.shards import EmbeddingRecord, with_record
-from tasks.storage import Folder
-from tasks.vectors import vector_array, write_vectors
+from tasks.dataset.nearest import find_vector, nearest
+from tasks.dataset.vectors import vector_array, write_vectors
+from tasks.manifest import Manifest, write_manifest
+from tasks.records import EmbeddingRecord, with_record
+from tasks.storage.folder import Folder
+from tasks.vector_checks import measure_vectors
 
 ROWS, DIMENSIONS = 10_000, 64
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.throughput import _crop, load_photographs
 from embedders.dali import _axis
-from embedders.images import inspect
+from embedders.image_headers import inspect
 from embedders.preprocess import Preprocessing
 from tasks.cluster import available_cores
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
 from flows.progress import Terminal
-from tasks.shards import EmbeddingRecord
+from tasks.records import EmbeddingRecord
 
 
 class Photographed(Terminal):

@@ -235,8 +235,9 @@ def _replaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _open(tars: Iterable[str]) -> list[Any]:
     """Shards as the flow's tasks hand them over: samples described, images' headers read, pages in memory."""
-    from embedders.webdataset import OpenShard, describe, map_tar, read_tar
-    from tasks.worker import collect_garbage_seldom
+    from embedders.tar import map_tar, read_tar
+    from embedders.webdataset import OpenShard, describe
+    from tasks.worker.shared_engine import collect_garbage_seldom
 
     opened = []
     for tar in tars:
@@ -489,7 +490,8 @@ def _shard_batches(tar: str, config: dict[str, Any], batch_size: int, device: st
     from nvidia.dali import fn as dali_fn
     from nvidia.dali import pipeline_def
 
-    from embedders.webdataset import format_index, map_tar, read_tar
+    from embedders.tar import map_tar, read_tar
+    from embedders.tar_index import format_index
 
     types: Any = dali_types  # both are made at run time
     fn: Any = dali_fn

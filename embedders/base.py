@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from embedders.errors import InputError
 from embedders.fingerprint import NoFingerprint, of_classes, of_value
-from embedders.loader import Reason, Rejected
-from embedders.webdataset import OpenShard, canonical_id
+from embedders.ids import canonical_id
+from embedders.quarantine import Reason, Rejected
+from embedders.webdataset import OpenShard
 
 
 class Row(NamedTuple):

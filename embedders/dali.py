@@ -6,8 +6,8 @@ samples come from. Three things make its output timm's (mean pixel difference 0.
 - sizes and origins are computed beforehand from the image headers, with torchvision's rounding (`Preprocessing`);
 - the resize is Pillow's: one pass an axis, rounded to 8 bits after each, in Pillow's order (`vertical_first`). Each
   pass is given the region of the crop only, which leaves the pixels as they are and saves a third of the work;
-- what DALI's decoder does not do as Pillow does it is left to Pillow (`embedders.images.inspect`): those images go
-  through the reference transform in threads, and become rows of the same batch.
+- what DALI's decoder does not do as Pillow does it is left to Pillow (`embedders.image_headers.inspect`): those images
+  go through the reference transform in threads, and become rows of the same batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from embedders.images import MAX_PIXELS, inspect, is_rotated
+from embedders.image_headers import inspect
+from embedders.images import MAX_PIXELS, is_rotated
 from embedders.loader import Encoded, LoadedBatch
 from embedders.preprocess import Interpolation, Preprocessing
 from embedders.reference import Reference, collect, to_device

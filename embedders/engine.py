@@ -18,8 +18,9 @@ import numpy as np
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.errors import is_out_of_memory
-from embedders.loader import Reason, Rejected
-from embedders.webdataset import OpenShard, printable
+from embedders.ids import printable
+from embedders.quarantine import QuarantinedSample, Reason, Rejected
+from embedders.webdataset import OpenShard
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +34,6 @@ class _Copying(NamedTuple):
 
     host: torch.Tensor
     event: torch.cuda.Event
-
-
-class QuarantinedSample(NamedTuple):
-    """A sample that got no embedding, and why."""
-
-    id: str
-    member: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

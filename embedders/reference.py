@@ -15,8 +15,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from embedders.errors import is_out_of_memory
-from embedders.images import MAX_PIXELS, BadImage, decode, inspect
-from embedders.loader import Encoded, LoadedBatch, Reason, Rejected
+from embedders.image_headers import inspect
+from embedders.images import MAX_PIXELS, BadImage, decode
+from embedders.loader import Encoded, LoadedBatch
+from embedders.quarantine import Reason, Rejected
 
 if TYPE_CHECKING:
     import torch

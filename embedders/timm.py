@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.batch_size import Measured, best_batch, images_per_second
+from embedders.compile import ALIKE, COMPILE_SECONDS, prepare
 from embedders.errors import InputError, is_out_of_memory
 from embedders.fingerprint import of_classes
 from embedders.images import MAX_PIXELS
 from embedders.loader import Encoded, LoadedBatch, Loader
-from embedders.prepared import ALIKE, COMPILE_SECONDS, prepare
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
 from embedders.webdataset import OpenShard, open_shard
 from embedders.weights import RANDOM, Weights, resolve_weights
@@ -29,7 +29,7 @@ from embedders.weights import RANDOM, Weights, resolve_weights
 if TYPE_CHECKING:
     import torch
 
-    from embedders.prepared import Forward
+    from embedders.compile import Forward
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class TimmImageEmbedder(ImageEmbedder):
         """
         import torch
 
-        from embedders.rewritten import rewrite
+        from embedders.gpu_layers import rewrite
 
         self._check_weights()
         dtype = self._dtype(device)

@@ -27,11 +27,11 @@ from prefect.artifacts import (
 from flows.progress import Pace
 from flows.report import REPORT
 from tasks.counted import counted
+from tasks.dataset.sampling import Pictures, sample_vectors
+from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.plan import Plan
-from tasks.report import MANIFEST, Manifest, read_quarantine
-from tasks.sample import Pictures, sample_vectors
-from tasks.shards import EmbeddingRecord
-from tasks.storage import Folder
+from tasks.records import EmbeddingRecord
+from tasks.storage.folder import Folder
 
 SECONDS = 3.0
 """Between two updates of the progress."""

@@ -27,7 +27,8 @@ from flows.interrupt import Terminated, ending_in_time
 from tasks.counted import counted
 
 if TYPE_CHECKING:
-    from tasks.report import Manifest
+    from tasks.manifest import Manifest
+from flows.errors import one_line
 
 QUARANTINE_SHOWN = 20
 
@@ -149,7 +150,7 @@ def embed_command(
     if json_:
         print(json.dumps(manifest.model_dump(mode="json")))
     elif not quiet:
-        _tell(manifest)
+        _print_summary(manifest)
     for warning in manifest.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for shard, why in manifest.failures.items():
@@ -175,10 +176,10 @@ def _hush() -> None:
         handler.setLevel(logging.CRITICAL)
 
 
-def _tell(manifest: Manifest) -> None:
+def _print_summary(manifest: Manifest) -> None:
     """The account, for a person."""
-    from tasks.report import read_quarantine
-    from tasks.storage import Folder
+    from tasks.manifest import read_quarantine
+    from tasks.storage.folder import Folder
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.quarantined_by_reason.items())
@@ -206,8 +207,8 @@ def _tell(manifest: Manifest) -> None:
 
 def _written(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What the output holds, and where: nothing is named that is not there."""
-    from tasks.report import MANIFEST
-    from tasks.storage import Folder
+    from tasks.manifest import MANIFEST
+    from tasks.storage.folder import Folder
 
     output = Folder(manifest.output)
     if manifest.rows:
@@ -235,20 +236,3 @@ def main(arguments: Sequence[str]) -> int:
         print(told[-1], file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     return status or 0
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, as one line for a person."""
-    cause: BaseException | None = error
-    seen: set[int] = set()  # a store's client may raise an error that leads back to itself
-    while cause is not None and not isinstance(cause, ValidationError) and id(cause) not in seen:
-        seen.add(id(cause))
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, ValidationError):
-        first = cause.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        if first["type"].startswith("byte_size"):
-            return f"{option}: give a size such as 20GB or 500MiB, not {first['input']!r}"
-        wrong = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in cause.errors()))
-        return f"{option}: give {wrong}, not {first['input']!r}"
-    return " ".join(str(error).split())

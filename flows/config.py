@@ -14,11 +14,11 @@ from pydantic_core import PydanticCustomError
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
+from embedders.samples import KeyDot
 from embedders.timm import Precision
-from embedders.webdataset import KeyDot
+from tasks.dataset.vectors import VectorFormat
 from tasks.plan import MergeOptions
-from tasks.staging import SPACE
-from tasks.vectors import VectorFormat
+from tasks.storage.download_ahead import SPACE
 
 
 class OnError(enum.StrEnum):

@@ -17,9 +17,9 @@ from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
 from tasks.cluster import choose_device, count_gpus
-from tasks.report import Manifest
-from tasks.storage import Folder
-from tasks.vectors import write_vectors
+from tasks.dataset.vectors import write_vectors
+from tasks.manifest import Manifest
+from tasks.storage.folder import Folder
 
 WORK_FOLDER = ".shard-embed"
 """Where `save_metadata` keeps embeddings and quarantine, inside the folder it writes to; not listed as shards."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from embedders.errors import InputError
-from tasks.storage import Folder
+from tasks.storage.folder import Folder
 
 if TYPE_CHECKING:
     import torch

@@ -20,23 +20,25 @@ from embedders.base import ImageEmbedder
 from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
-from flows.progress import Progress, Several, Silent, progress_here, quiet
+from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_over, prepare, received, surely_unfinished
+from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
-from flows.work import Course, HandedOver, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from tasks.cluster import OwnCluster, choose_device, choose_workers, own_cluster, task_runner
 from tasks.counted import counted
-from tasks.dataset import common_schema, finish_dataset, missing_parts, part_groups, write_parts
+from tasks.dataset.card import finish_dataset
+from tasks.dataset.even_files import missing_parts, part_groups, write_parts
+from tasks.dataset.schema import common_schema
 from tasks.embed import EmbedOptions, embed_shards
-from tasks.failures import ShardFailure, ShardsFailed
 from tasks.index import index_shards
-from tasks.merge import SHARDS_A_TASK as SHARDS_A_MERGE
-from tasks.merge import merge_shards
+from tasks.manifest import MANIFEST, Manifest, Timing, account, write_manifest
+from tasks.merge import SHARDS_PER_MERGE, merge_shards
 from tasks.plan import Plan, group_shards, make_plan
-from tasks.report import MANIFEST, Manifest, Spent, account, write_manifest
+from tasks.records import intact, seconds_in_work
+from tasks.retries import ShardFailure, ShardsFailed
 from tasks.run_lock import only_run
-from tasks.shards import Shard, intact, seconds_in_work, sweep
-from tasks.storage import Folder
+from tasks.shards import Shard, sweep
+from tasks.storage.folder import Folder
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -161,7 +163,7 @@ def _run(
     if work.embedder.notice:
         progress.note(work.embedder.notice)
     if not work.anything and not has_server():
-        spent = Spent(time.monotonic() - work.started)
+        spent = Timing(time.monotonic() - work.started)
         finish_dataset(work.plan, work.fingerprint)
         limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedder)
         manifest = account(
@@ -178,25 +180,25 @@ def _run(
         progress.found(work.plan)
         _show_in_a_page(manifest, progress)
         return manifest
-    course = Course(len(work.plan.embedded))
+    run_progress = RunProgress(len(work.plan.embedded))
     try:
         with prefect_server(server, wait=False) as local, _cluster(work, config, early) as cluster:
             if local is not None:
                 local.wait()
-            with handed_over(HandedOver(work, progress, course, cluster)):
+            with handed_over(HandedOver(work, progress, run_progress, cluster)):
                 named = embed.with_options(flow_run_name=run_name(config, work))
                 return named(config.dataset, config.output, **config.groups())
     except RunFailed as failed:
         return failed.manifest
     except (KeyboardInterrupt, Terminated) as stop:
-        done = f"{course.embedded:,} of {counted(len(work.plan.shards), 'shard')} embedded, and kept"
+        done = f"{run_progress.embedded:,} of {counted(len(work.plan.shards), 'shard')} embedded, and kept"
         stop.add_note(f"stopped: {done}; this goes on: {finish_with(config, work)}")
         raise
     except Exception as error:
-        if course.manifest is None:
+        if run_progress.manifest is None:
             raise
         progress.note(f"the run is through, but Prefect could not be told ({type(error).__name__}: {error})")
-        return course.manifest
+        return run_progress.manifest
 
 
 @contextlib.contextmanager
@@ -277,15 +279,17 @@ def embed(
     with _alone(config, None, _stop_flow):
         found = prepare(config, None)
         with _cluster(found, config) as cluster:
-            return _embed(config, found, Silent(), Course(len(found.plan.embedded)), cluster)
+            return _embed(config, found, Silent(), RunProgress(len(found.plan.embedded)), cluster)
 
 
 def _stop_flow(why: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, cluster: OwnCluster | None) -> Manifest:
-    progress = Several(progress, ProgressArtifact(config.dataset))
+def _embed(
+    config: EmbedConfig, work: Work, progress: Progress, run_progress: RunProgress, cluster: OwnCluster | None
+) -> Manifest:
+    progress = ProgressGroup(progress, ProgressArtifact(config.dataset))
     progress.found(work.plan, work.images)
     if work.plan.embedded:
         done_before.with_options(task_run_name=f"{counted(len(work.plan.embedded), 'shard')} done before")(
@@ -300,7 +304,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
             progress,
             noticing_prefects_signal(),
         ):
-            first = _embed_all(runner, work, config, workers, progress, course, failures)
+            first = _embed_all(runner, work, config, workers, progress, run_progress, failures)
             plan = _plan_again(work, config)
             _merge_all(runner, plan, work, config, failures)
             if damaged := _damaged(plan, failures):
@@ -315,7 +319,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
     cached = len(work.plan.embedded)
     samples = sum(record.samples for record in fresh)
-    spent = Spent(time.monotonic() - work.started, first, seconds_in_work(fresh))
+    spent = Timing(time.monotonic() - work.started, first, seconds_in_work(fresh))
     again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedder)
     manifest = account(
         plan, cached, list(failures.values()), work.fingerprint, spent, samples, again, limit, checkpoint
@@ -326,7 +330,7 @@ def _embed(config: EmbedConfig, work: Work, progress: Progress, course: Course, 
     except OSError as error:
         note = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
-    course.manifest = manifest
+    run_progress.manifest = manifest
     _show_in_a_page(manifest, progress, anew=anything)
     if anything:
         show_account(manifest, plan)
@@ -371,7 +375,7 @@ def _embed_all(
     config: EmbedConfig,
     workers: int,
     progress: Progress,
-    course: Course,
+    run_progress: RunProgress,
     failures: dict[str, ShardFailure],
 ) -> float:
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
@@ -390,7 +394,7 @@ def _embed_all(
     for records in _drain(futures, failures):
         first = first or time.monotonic() - work.started
         progress.embedded(records)
-        course.embedded += len(records)
+        run_progress.embedded += len(records)
     if any(failure.alone for failure in failures.values()):
         left = [shard for shard in _plan_again(work, config).to_embed if shard.name in failures]
         _embed_alone(runner, [shard for shard in left if failures[shard.name].alone], work, options, failures)
@@ -455,8 +459,8 @@ def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failure
     options = plan.options
     backend = "cudf" if work.device == "cuda" else "pandas"
     futures = {}
-    for start in range(0, len(plan.to_merge), SHARDS_A_MERGE):
-        group = plan.to_merge[start : start + SHARDS_A_MERGE]
+    for start in range(0, len(plan.to_merge), SHARDS_PER_MERGE):
+        group = plan.to_merge[start : start + SHARDS_PER_MERGE]
         parameters = {"shards": group, "options": options, "backend": backend, "span": span(group)}
         futures[runner.submit(merge_shards, parameters=parameters)] = group
     for _ in _drain(futures, failures):

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
-from flows.cli import one_line
+from flows.errors import one_line
 from tasks.counted import counted
-from tasks.export import WRITERS, Dtype, Exported, whole_folder
-from tasks.storage import Folder, writing
+from tasks.dataset.export import WRITERS, Dtype, Exported, whole_folder
+from tasks.storage.folder import Folder, writing
 
 app = App(
     name="python -m flows.export",

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tasks.counted import counted
 from tasks.plan import Plan
-from tasks.shards import EmbeddingRecord
+from tasks.records import EmbeddingRecord
 
 RECENT = 60.0
 """Seconds that "now" looks back."""
@@ -66,7 +66,7 @@ class Silent:
         pass
 
 
-class Several:
+class ProgressGroup:
     """Tells all of several."""
 
     def __init__(self, *all_: Progress) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
-from flows.cli import one_line
-from tasks.checks import measure_vectors
+from flows.errors import one_line
 from tasks.counted import counted
-from tasks.report import MANIFEST, Manifest, read_manifest, read_quarantine
-from tasks.sample import Pictures, Sampled, sample_vectors
-from tasks.shards import EmbeddingRecord, embedding_record, read_footers
-from tasks.storage import Folder, writing
+from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
+from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
+from tasks.records import EmbeddingRecord, embedding_record, read_footers
+from tasks.storage.folder import Folder, writing
+from tasks.vector_checks import measure_vectors
 
 app = App(
     name="python -m flows.report",

@@ -21,16 +21,17 @@ from rich.text import Text
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.engine import Engine
 from embedders.errors import InputError, MalformedShard
-from embedders.webdataset import chosen_extensions, open_shard
+from embedders.samples import chosen_extensions
+from embedders.webdataset import open_shard
 from embedders.weights import RANDOM, cached_hub, is_of_hub
-from flows.cli import one_line
 from flows.config import load_embedder
+from flows.errors import one_line
+from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
+from tasks.dataset.sampling import Pictures, data_url
 from tasks.embed import resolve_device
-from tasks.report import Manifest, read_manifest
-from tasks.sample import Pictures, data_url
-from tasks.search import Found, find_vector, nearest, read_rows
-from tasks.shards import digest
-from tasks.storage import Folder, parted, writing
+from tasks.keys import digest
+from tasks.manifest import Manifest, read_manifest
+from tasks.storage.folder import Folder, parted, writing
 
 SHEET = "search.html"
 SIDE = 240

@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 
-from tasks.storage import FileInfo, Folder
+from tasks.storage.folder import FileInfo, Folder
 
 EVENT = "shard-embed.new-shards"
 

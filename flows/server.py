@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embedders.errors import InputError
 from tasks.cluster import LOOPBACK
-from tasks.stores import has_secret, redacted
+from tasks.storage.remote import has_secret, redacted
 
 LOCAL_SERVER = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -21,29 +21,23 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, QuarantinedSample
+from embedders.engine import EmbeddedShard
 from embedders.errors import MalformedShard
-from embedders.webdataset import OpenShard, map_tar
-from tasks.aside import aside
-from tasks.checks import measure_vectors
+from embedders.quarantine import QuarantinedSample
+from embedders.tar import map_tar
+from embedders.webdataset import OpenShard
 from tasks.counted import counted
-from tasks.failures import RETRIES, ShardFailure, ShardsFailed
+from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.index import describe_local
-from tasks.shards import (
-    EmbeddingRecord,
-    Shard,
-    account_agrees,
-    check_unchanged,
-    embedding_key,
-    intact,
-    read_embedding_record,
-    seconds_in_work,
-    with_record,
-)
-from tasks.staging import SPACE, Stage, StagedTar
-from tasks.vectors import vector_array, write_vectors
-from tasks.watch import Held, Limit, Step, end_this_worker, watch
-from tasks.worker import shared_engine
+from tasks.keys import embedding_key
+from tasks.records import EmbeddingRecord, account_agrees, intact, read_embedding_record, seconds_in_work, with_record
+from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.shards import Shard, check_unchanged
+from tasks.storage.download_ahead import SPACE, Stage, StagedTar
+from tasks.vector_checks import measure_vectors
+from tasks.worker.hang_detection import Held, Limit, Step, end_this_worker, watch
+from tasks.worker.shared_engine import shared_engine
+from tasks.worker.side_process import aside
 
 
 @dataclass(frozen=True)

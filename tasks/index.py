@@ -8,22 +8,13 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from embedders.webdataset import (
-    Ignored,
-    OpenShard,
-    Samples,
-    TarIndex,
-    describe,
-    format_index,
-    indexed_samples,
-    map_tar,
-    open_shard,
-    parse_index,
-    read_tar_file,
-)
-from tasks.aside import aside
-from tasks.metadata import check_metadata
+from embedders.samples import Ignored, TarIndex
+from embedders.tar import map_tar, read_tar_file
+from embedders.tar_index import format_index, indexed_samples, parse_index
+from embedders.webdataset import OpenShard, Samples, describe, open_shard
+from tasks.dataset.metadata import check_metadata
 from tasks.shards import Shard, check_unchanged
+from tasks.worker.side_process import aside
 
 
 def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:

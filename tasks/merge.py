@@ -24,14 +24,12 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from embedders.engine import QuarantinedSample
 from embedders.errors import InputError, MalformedShard
-from embedders.loader import Reason
-from tasks.column_types import same_tables
-from tasks.failures import RETRIES, ShardFailure, ShardsFailed
-from tasks.footer import ADDED, columns_made, describe, footer
-from tasks.ids import canonical_ids
-from tasks.metadata import (
+from embedders.quarantine import QuarantinedSample, Reason
+from tasks.dataset.column_types import same_tables
+from tasks.dataset.description import ADDED, columns_made, describe, footer
+from tasks.dataset.ids import canonical_ids
+from tasks.dataset.metadata import (
     check_columns,
     conform,
     json_members,
@@ -41,14 +39,16 @@ from tasks.metadata import (
     refuse_mismatch,
     repeated_id,
 )
+from tasks.dataset.vectors import read_vectors, rows_a_group, take_rows, vector_array, write_groups
 from tasks.plan import MergeOptions, merged_key
-from tasks.shards import EmbeddingRecord, MergeRecord, Shard, read_embedding_record, with_record
-from tasks.storage import Folder
-from tasks.vectors import read_vectors, rows_a_group, take_rows, vector_array, write_groups
+from tasks.records import EmbeddingRecord, MergeRecord, read_embedding_record, with_record
+from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.shards import Shard
+from tasks.storage.folder import Folder
 
 logger = logging.getLogger(__name__)
 
-SHARDS_A_TASK = 1000
+SHARDS_PER_MERGE = 1000
 """Shards of one Dask job: a shard costs Dask milliseconds, a Prefect task a fifth of a second."""
 EXAMPLES = 3
 """Ids without a partner that a record names."""

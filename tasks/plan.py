@@ -10,29 +10,26 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from embedders.errors import InputError
-from tasks.metadata import unified_schema, usable_schema
-from tasks.shards import (
-    UNMATCHED,
+from tasks.dataset.metadata import unified_schema, usable_schema
+from tasks.dataset.vectors import PLAIN, VectorFormat
+from tasks.keys import digest, embedding_key, merge_key
+from tasks.records import (
     EmbeddingRecord,
     Footer,
     MergeRecord,
-    Shard,
     account_agrees,
-    digest,
-    embedding_key,
     embedding_record,
     intact,
-    merge_key,
     merge_record,
     read_footers,
 )
-from tasks.storage import Folder, in_bulk
-from tasks.vectors import PLAIN, VectorFormat
+from tasks.shards import UNMATCHED, Shard
+from tasks.storage.folder import Folder, in_bulk
 
 R = TypeVar("R")
 T = TypeVar("T")
 MAX_TASKS = 400
-SHARDS_A_TASK = 32
+SHARDS_PER_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def plan_in_one_schema(
     The footers of metadata that is not merged yet are read, so that what cannot be one schema is found before any
     image is. Where they widen the schema, what is merged already is joined again. In place each file keeps its own.
 
-    :param held: the schema of what is merged already, as `tasks.dataset.held_schema` says it.
+    :param held: the schema of what is merged already, as `tasks.dataset.schema.held_schema` says it.
     :raises InputError: columns of one name cannot be of one type, or one of them cannot be carried through.
     """
     plan = make_plan(shards, embedder, replace(options, schema=held), **how)
@@ -214,5 +211,5 @@ def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer |
 def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:
     """Split shards into tasks: few enough for Prefect, many enough to keep every worker busy to the end."""
     even = -(-len(shards) // (max(workers, 1) * 8))
-    size = max(1, min(even, SHARDS_A_TASK), -(-len(shards) // MAX_TASKS))
+    size = max(1, min(even, SHARDS_PER_GROUP), -(-len(shards) // MAX_TASKS))
     return [tuple(shards[i : i + size]) for i in range(0, len(shards), size)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from embedders.errors import InputError
-from tasks.storage import Folder
+from tasks.storage.folder import Folder
 
 LOCK = "run.lock"
 RENEWED_EVERY = 15.0

@@ -24,7 +24,9 @@ MAX_BYTES = 1 << 15
 def check(data: bytes) -> None:
     """Index a tar and read every sample of it, as a worker does."""
     from embedders.errors import MalformedShard  # imported late, by code that is traced
-    from embedders.webdataset import describe, format_index, open_shard, parse_index, read_tar
+    from embedders.tar import read_tar
+    from embedders.tar_index import format_index, parse_index
+    from embedders.webdataset import describe, open_shard
 
     handle = os.memfd_create("tar")
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from embedders.loader import Reason
+from embedders.quarantine import Reason
 from flows.demo_data import load_photograph
 
 ARITHMETIC_JPEG = base64.b64decode(

@@ -21,7 +21,7 @@ def test_an_input_of_the_fuzzer(path: Path) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_seeds_are_tars_with_samples(seed: bytes) -> None:
-    from embedders.webdataset import read_tar
+    from embedders.tar import read_tar
 
     assert len(read_tar(seed).samples) >= 4
     check(seed)

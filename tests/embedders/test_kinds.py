@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from embedders.dali import DaliLoader
-from embedders.loader import Encoded, LoadedBatch, Loader, Reason
+from embedders.loader import Encoded, LoadedBatch, Loader
 from embedders.preprocess import Preprocessing
+from embedders.quarantine import Reason
 from embedders.reference import ReferenceLoader
 from tests.kinds import damaged, flipped, photograph, saved, whole
 

@@ -24,9 +24,11 @@ from sklearn.datasets import load_sample_image
 from timm.data.config import resolve_data_config
 
 from embedders.dali import DaliLoader, Decode, vertical_first
-from embedders.images import BadImage, decode, inspect
-from embedders.loader import Encoded, LoadedBatch, Loader, Reason
+from embedders.image_headers import inspect
+from embedders.images import BadImage, decode
+from embedders.loader import Encoded, LoadedBatch, Loader
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
+from embedders.quarantine import Reason
 from embedders.reference import ReferenceLoader
 
 CENTER: dict[str, Any] = {

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedders.errors import MalformedShard
+from embedders.samples import TarIndex
+from embedders.tar import read_tar
 from embedders.tar_headers import plain_members
-from embedders.webdataset import TarIndex, read_tar
 
 NAMES = st.sampled_from(["a.jpg", "a.json", "b/c.left.jpg", "é.png", "x" * 95 + ".txt", "x" * 140 + ".jpg", ".hidden"])
 NAMES |= st.text("ab./é", min_size=1, max_size=12)

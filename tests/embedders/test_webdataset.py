@@ -21,20 +21,12 @@ from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
 from embedders.errors import MalformedShard
-from embedders.loader import Reason
-from embedders.webdataset import (
-    BLOCK,
-    Component,
-    Ignored,
-    Sample,
-    TarIndex,
-    canonical_id,
-    format_index,
-    image_extensions,
-    open_shard,
-    parse_index,
-    read_tar,
-)
+from embedders.ids import canonical_id
+from embedders.quarantine import Reason
+from embedders.samples import Component, Ignored, Sample, TarIndex, image_extensions
+from embedders.tar import BLOCK, read_tar
+from embedders.tar_index import format_index, parse_index
+from embedders.webdataset import open_shard
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = {name: {f"{'d' * 60}/{'k' * 90}.jpg": b"1"} for name in FORMATS}

@@ -22,7 +22,7 @@ from embedders import TimmImageEmbedder
 from flows.demo_data import load_photograph
 from flows.embed import embed_dataset
 from flows.server import prefect_server
-from tasks.report import Manifest
+from tasks.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 TINY = "test_vit.r160_in1k"

@@ -23,8 +23,8 @@ from PIL import Image
 from embedders import TimmImageEmbedder
 from flows.demo_data import BROKEN
 from flows.embed import embed_dataset
-from tasks.places import RELATIVE
-from tasks.report import Manifest, read_manifest
+from tasks.manifest import Manifest, read_manifest
+from tasks.relocation import RELATIVE
 
 MODEL = "tf_efficientnet_lite0"
 TINY = "test_vit.r160_in1k"

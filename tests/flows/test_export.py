@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.export import main
-from tasks import export as exports
-from tasks.footer import describe, footer
-from tasks.vectors import VectorFormat, vector_array, write_vectors
+from tasks.dataset import export as exports
+from tasks.dataset.description import describe, footer
+from tasks.dataset.vectors import VectorFormat, vector_array, write_vectors
 
 from .conftest import ROOT
 

@@ -14,8 +14,9 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from flows.config import EmbedConfig
-from flows.work import merge_options
-from tasks.shards import Shard, digest, embedding_key, find_shards, merge_key, with_content_fingerprints
+from flows.prepare import merge_options
+from tasks.keys import digest, embedding_key, merge_key
+from tasks.shards import Shard, find_shards, with_content_fingerprints
 
 
 class Scaled(ImageEmbedder):

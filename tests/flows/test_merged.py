@@ -17,8 +17,9 @@ import pytest
 from embedders import TimmImageEmbedder
 from embedders.errors import InputError
 from flows.embed import embed_dataset
-from tasks.dataset import CARD, FORMER, SCHEMA
-from tasks.report import Manifest
+from tasks.dataset.card import CARD
+from tasks.dataset.schema import FORMER, SCHEMA
+from tasks.manifest import Manifest
 from tasks.run_lock import only_run
 
 from .conftest import IMG2DATASET, TINY, embed

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from flows.progress import Pace
-from tasks.shards import EmbeddingRecord, seconds_in_work
+from tasks.records import EmbeddingRecord, seconds_in_work
 
 
 def record(began: float, ended: float, samples: int = 100) -> EmbeddingRecord:

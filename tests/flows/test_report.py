@@ -20,12 +20,13 @@ import tasks
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.report import main, write_report
+from tasks.dataset.sampling import Pictures, data_url, sample_vectors
 from tasks.embed import EmbedOptions, embed_group
+from tasks.keys import digest
+from tasks.manifest import Timing, account, write_manifest
 from tasks.plan import MergeOptions, make_plan
-from tasks.report import Spent, account, write_manifest
-from tasks.sample import Pictures, data_url, sample_vectors
-from tasks.shards import digest, find_shards
-from tasks.storage import Folder
+from tasks.shards import find_shards
+from tasks.storage.folder import Folder
 
 TRUNCATED = ("00000", "000000017")
 
@@ -40,7 +41,7 @@ def made(demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fingerprint = embedder.fingerprint()
     embed_group(shards, embedder, EmbedOptions("key", digest(fingerprint), "cpu"))
     plan = make_plan(shards, digest(fingerprint), MergeOptions("key", "image_embedding"))
-    write_manifest(account(plan, 0, (), fingerprint, Spent(1.0), 256))
+    write_manifest(account(plan, 0, (), fingerprint, Timing(1.0), 256))
     return folder
 
 

@@ -16,12 +16,13 @@ import pytest
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.search import embed_image, embed_query, main
+from tasks.dataset.nearest import nearest
 from tasks.embed import EmbedOptions, embed_group
+from tasks.keys import digest
+from tasks.manifest import Timing, account, read_manifest, write_manifest
 from tasks.plan import MergeOptions, make_plan
-from tasks.report import Spent, account, read_manifest, write_manifest
-from tasks.search import nearest
-from tasks.shards import digest, find_shards
-from tasks.storage import Folder
+from tasks.shards import find_shards
+from tasks.storage.folder import Folder
 
 PLACE = ("00000", 5)
 
@@ -38,7 +39,7 @@ def made(demo_dataset: Path, checkpoint: Path, tmp_path_factory: pytest.TempPath
     fingerprint = embedder.fingerprint()
     embed_group(shards, embedder, EmbedOptions("key", digest(fingerprint), "cpu"))
     plan = make_plan(shards, digest(fingerprint), MergeOptions("key", "image_embedding"))
-    write_manifest(account(plan, 0, (), fingerprint, Spent(1.0), 128))
+    write_manifest(account(plan, 0, (), fingerprint, Timing(1.0), 128))
     shard = open_shard(folder / "data/00000.tar")
     image = shard.images[PLACE[1]]
     assert image is not None

@@ -24,7 +24,8 @@ from embedders import TimmImageEmbedder
 from flows.cli import main
 from flows.sensor import new_shards
 from tasks.embed import EmbedOptions, embed_group
-from tasks.shards import digest, find_shards
+from tasks.keys import digest
+from tasks.shards import find_shards
 from tests.servers import Proxy, s3_server
 
 ROOT = Path(__file__).parents[2]

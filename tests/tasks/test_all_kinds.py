@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from embedders import TimmImageEmbedder
-from embedders.loader import Reason
+from embedders.quarantine import Reason
 from tasks.embed import EmbedOptions, embed_group
-from tasks.shards import EmbeddingRecord, digest, find_shards
+from tasks.keys import digest
+from tasks.records import EmbeddingRecord
+from tasks.shards import find_shards
 from tests.kinds import damaged, photograph, saved, whole
 
 from .conftest import write_tar

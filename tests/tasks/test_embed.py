@@ -17,12 +17,14 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
+from tasks.dataset.metadata import read_metadata
+from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.embed import EmbedOptions, embed_group
-from tasks.failures import ShardsFailed
-from tasks.metadata import read_metadata
-from tasks.shards import EmbeddingRecord, Shard, digest, find_shards, read_embedding_record
-from tasks.storage import Folder
-from tasks.vectors import vector_array, write_vectors
+from tasks.keys import digest
+from tasks.records import EmbeddingRecord, read_embedding_record
+from tasks.retries import ShardsFailed
+from tasks.shards import Shard, find_shards
+from tasks.storage.folder import Folder
 
 from .conftest import MakeShard
 

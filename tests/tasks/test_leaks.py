@@ -21,9 +21,10 @@ import pytest
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
 from tasks.embed import EmbedOptions, embed_group
-from tasks.failures import ShardsFailed
-from tasks.shards import Shard, digest, find_shards
-from tasks.storage import Folder
+from tasks.keys import digest
+from tasks.retries import ShardsFailed
+from tasks.shards import Shard, find_shards
+from tasks.storage.folder import Folder
 
 from .conftest import MakeShard, write_tar
 

@@ -15,18 +15,20 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, Future, LocalCluster
 
-from embedders.engine import EmbeddedShard, QuarantinedSample
+from embedders.engine import EmbeddedShard
+from embedders.quarantine import QuarantinedSample
 from embedders.webdataset import open_shard
 from tasks import merge as merge_stage
-from tasks.column_types import same_tables
+from tasks.dataset.column_types import same_tables
+from tasks.dataset.description import footer
+from tasks.dataset.metadata import check_metadata
+from tasks.dataset.vectors import VectorFormat, write_groups
 from tasks.embed import write_embeddings
-from tasks.failures import ShardsFailed
-from tasks.footer import footer
 from tasks.merge import merge_group
-from tasks.metadata import check_metadata
 from tasks.plan import MergeOptions
-from tasks.shards import MergeRecord, Shard, read_merge_record
-from tasks.vectors import VectorFormat, write_groups
+from tasks.records import MergeRecord, read_merge_record
+from tasks.retries import ShardsFailed
+from tasks.shards import Shard
 from tests.embedders.test_engine import Colours
 
 from .conftest import MakeShard

@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
-from embedders.webdataset import Component, Sample, TarIndex, format_index
+from embedders.samples import Component, Sample, TarIndex
+from embedders.tar_index import format_index
+from tasks.keys import embedding_key, merge_key
 from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
-from tasks.shards import EmbeddingRecord, MergeRecord, Shard, embedding_key, merge_key, with_record
+from tasks.records import EmbeddingRecord, MergeRecord, with_record
+from tasks.shards import Shard
 
 OPTIONS = MergeOptions("key", "image_embedding")
 

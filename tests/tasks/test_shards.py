@@ -14,21 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
-from embedders.webdataset import read_tar_file
-from tasks.shards import (
-    RECORD,
-    EmbeddingRecord,
-    MergeRecord,
-    Shard,
-    digest,
-    embedding_key,
-    find_shards,
-    merge_key,
-    read_embedding_record,
-    read_merge_record,
-    with_record,
-)
-from tasks.storage import Folder
+from embedders.tar import read_tar_file
+from tasks.keys import digest, embedding_key, merge_key
+from tasks.records import RECORD, EmbeddingRecord, MergeRecord, read_embedding_record, read_merge_record, with_record
+from tasks.shards import Shard, find_shards
+from tasks.storage.folder import Folder
 
 from .conftest import MakeShard
 

@@ -1,0 +1,207 @@
+"""What a run starts from: everything that can be found out, or found wrong, before anything is started or written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from embedders.base import ImageEmbedder
+from embedders.errors import InputError, MalformedShard
+from embedders.quarantine import Reason
+from embedders.samples import chosen_extensions
+from embedders.webdataset import OpenShard, twice
+from flows.config import EmbedConfig
+from flows.progress import Progress
+from tasks.cluster import OwnCluster, choose_device, choose_workers
+from tasks.dataset.even_files import missing_parts
+from tasks.dataset.metadata import check_json_members, check_metadata
+from tasks.dataset.schema import held_schema
+from tasks.index import open_local
+from tasks.keys import digest
+from tasks.manifest import Manifest
+from tasks.plan import MergeOptions, Plan, plan_in_one_schema
+from tasks.scheduler import check_scheduler
+from tasks.shards import Shard, find_shards, with_content_fingerprints
+from tasks.storage.folder import Folder
+
+CHECKED_TARS = 8
+CHECKED_METADATA = 64
+BYTES_AN_IMAGE = 60_000
+"""What a sample of a web crawl weighs in its tar."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run starts from."""
+
+    embedder: ImageEmbedder
+    fingerprint: dict[str, Any]
+    device: str
+    plan: Plan
+    images: int
+    """About how many there are to embed."""
+    started: float
+    given: bool = False
+    """Whether the embedder was given as an object, which no command line can."""
+
+    def workers(self, config: EmbedConfig) -> int:
+        """How many worker processes a cluster of our own has for it."""
+        return choose_workers(self.device, config.workers, len(self.plan.to_embed) or len(self.plan.to_merge))
+
+    @property
+    def anything(self) -> bool:
+        """Whether a shard is left to embed or to merge, or a file to be made of merged ones."""
+        return bool(self.plan.to_embed or self.plan.to_merge or missing_parts(self.plan))
+
+
+@dataclass
+class RunProgress:
+    """How far a run has come, for whoever has to tell if it is stopped: its done shards, and its account at the end."""
+
+    embedded: int
+    manifest: Manifest | None = None
+
+
+def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
+    """Everything that can be found wrong before anything is started or written.
+
+    :raises InputError: says what is wrong and what to do.
+    """
+    started = time.monotonic()
+    target = Folder(config.output)
+    shards = find_shards(config.dataset, config.output, config.key_dot)
+    target.check_writable()
+    if config.scheduler:
+        check_scheduler(config.scheduler)
+    if config.fingerprint == "content":
+        shards = with_content_fingerprints(shards)
+    device = "auto" if config.scheduler else choose_device(config.device)
+    given = embedder is not None
+    embedder = embedder if embedder is not None else config.build_embedder()
+    if device == "cpu" and getattr(embedder, "precision", None) == "float8":
+        raise InputError("--precision float8 needs a GPU, and there is none here; give float16 or leave it out")
+    fingerprint = embedder.fingerprint()
+    options = replace(merge_options(config, embedder), embedder=fingerprint)
+    try:
+        plan = plan_in_one_schema(
+            shards,
+            digest(fingerprint),
+            options,
+            None if config.in_place else held_schema(config.output, options.column),
+            overwrite=config.overwrite,
+            accepts=embedder.accepts,
+            verify=config.verify,
+        )
+    except OSError as error:
+        target.refuse(error)
+    if plan.to_embed:
+        embedder.check()
+    images = _check_inputs(plan.to_embed, config, embedder.image_component, options.column)
+    return Work(embedder, fingerprint, device, plan, images, started, given)
+
+
+def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
+    """How embeddings join the metadata; an embedder object knows the name of its column.
+
+    :raises InputError: the column has the name of one with ids.
+    """
+    column = embedder.image_embedding_column
+    if column in ("id", config.id_col):  # embeddings files hold the ids as "id"
+        raise InputError(f"the embedding column cannot be called {column!r}: ids are; give --image-embedding-column")
+    return config.model_copy(update={"image_embedding_column": column}).merge_options()
+
+
+def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None, column: str) -> int:
+    """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
+
+    :return: about how many images all shards hold, if they are like those looked at.
+    :raises InputError: the metadata do not fit, or no sample of these tars has an image by --image-component.
+    """
+    of_bytes, opened = 0, []
+    for number, shard in enumerate(shards[:CHECKED_METADATA]):
+        ids = None
+        if number < CHECKED_TARS and shard.source.is_local:
+            try:
+                path = shard.source.path(shard.tar)
+                opened.append(open_local(shard, path, config.id_col, keep=False, image_component=image_component))
+                if shard.metadata is None:
+                    check_json_members(shard, config.id_col, column)
+            except (MalformedShard, OSError):
+                continue  # damage is the shard's own fault: it fails by name and the others go on
+            ids, of_bytes = opened[-1].ids, of_bytes + shard.tar_bytes
+        with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
+            check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
+    _check_images(opened, image_component)
+    images = sum(len(tar.ids) for tar in opened)
+    bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
+    return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
+
+
+def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> None:
+    """Prove that some sample of the first tars has an image to embed; single ones without go to quarantine.
+
+    :raises InputError: every sample has several images and none is chosen, or none has the chosen one.
+    """
+    if not any(tar.ids for tar in opened) or any(image for tar in opened for image in tar.images):
+        return
+    unusable = [(tar, i, *why) for tar in opened for i, why in tar.unusable.items()]
+    several = [reason is Reason.AMBIGUOUS_IMAGE and not twice(tar.index.samples[i]) for tar, i, reason, _ in unusable]
+    if all(several):
+        tar, i, _, detail = unusable[0]
+        raise InputError(f"{tar.path}: sample {tar.index.samples[i].key}: {detail}")
+    if image_component is not None and not any(several):
+        names = " or ".join(f".{extension}" for extension in chosen_extensions(image_component))
+        raise InputError(f"{opened[0].path}: no sample has a {names}; give another --image-component")
+
+
+def count_shards(config: EmbedConfig) -> int:
+    """How many tars lie in a local dataset."""
+    return len(Folder(config.dataset).list(".tar"))
+
+
+def surely_unfinished(config: EmbedConfig) -> bool:
+    """Whether the listing of local folders already shows that there is something to do."""
+    try:
+        source, target = Folder(config.dataset), Folder(config.output)
+        if not (source.is_local and target.is_local):
+            return False
+        tars = {file.name.removesuffix(".tar") for file in source.list(".tar")}
+        done = {file.name.removesuffix(".parquet") for file in Folder(target.path("embeddings")).list(".parquet")}
+        return not tars <= done
+    except (InputError, OSError):
+        return False  # planning will say what is wrong
+
+
+class HandedOver(NamedTuple):
+    """What a flow that is called by this program starts from."""
+
+    work: Work
+    progress: Progress
+    run_progress: RunProgress
+    cluster: OwnCluster | None
+    """None where the cluster is there already, or none is needed."""
+
+
+_handed_over: ContextVar[HandedOver | None] = ContextVar("handed_over", default=None)
+
+
+@contextlib.contextmanager
+def handed_over(value: HandedOver) -> Iterator[None]:
+    """Let the flow that is called in this block receive what it starts from.
+
+    An embedder object and a terminal are no parameters that Prefect could store, and planning twice costs time.
+    """
+    token = _handed_over.set(value)
+    try:
+        yield
+    finally:
+        _handed_over.reset(token)
+
+
+def received() -> HandedOver | None:
+    """What was handed over to the flow that runs, if anything was."""
+    return _handed_over.get()

@@ -1,0 +1,155 @@
+"""Files with an even number of rows, made of the merged ones on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.dataset.metadata import conform
+from tasks.dataset.schema import UNIFIED, metadata_folder
+from tasks.dataset.vectors import rows_a_group, write_groups
+from tasks.keys import digest
+from tasks.merge import arrow_file
+from tasks.plan import MergeOptions, Plan
+from tasks.records import PartRecord, read_part_record, with_record
+from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.storage.folder import Folder, in_bulk
+
+TASKS = 64
+"""Tasks that the parts are written in, at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the dataset with rows of several shards: (shard, first row, rows) of each, and what it depends on."""
+
+    name: str
+    slices: tuple[tuple[str, int, int], ...]
+    key: str
+
+    @property
+    def label(self) -> str:
+        """What a failure of it is told under."""
+        return f"metadata/{self.name}"
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return sum(count for _, _, count in self.slices)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def plan_parts(plan: Plan) -> list[Part]:
+    """The files that hold the merged rows of all shards in order, `rows_per_file` in each but the last."""
+    size = plan.options.rows_per_file
+    if size is None:
+        return []
+    parts: list[Part] = []
+    slices: list[tuple[str, int, int]] = []
+    room = size
+
+    def close() -> None:
+        name = f"part-{len(parts):05}.parquet"
+        keys = [(plan.merged[shard].key, first, count) for shard, first, count in slices]
+        parts.append(Part(name, tuple(slices), digest([*keys, str(plan.options.schema)])))
+
+    for shard in plan.shards:
+        first, rows = 0, plan.merged[shard.name].rows if shard.name in plan.merged else 0
+        while first < rows:
+            count = min(room, rows - first)
+            slices.append((shard.name, first, count))
+            first, room = first + count, room - count
+            if not room:
+                close()
+                slices, room = [], size
+    if slices:
+        close()
+    return parts
+
+
+def missing_parts(plan: Plan) -> list[Part]:
+    """The parts that are not there as they should be."""
+    parts = plan_parts(plan)
+    if not parts:
+        return []
+    folder = metadata_folder(plan.shards[0].output)
+    records = in_bulk(lambda part: read_part_record(folder, part.name), parts)
+    return [part for part, record in zip(parts, records, strict=True) if record is None or record.key != part.key]
+
+
+def part_groups(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """Split parts into tasks."""
+    size = max(1, -(-len(parts) // TASKS))
+    return [tuple(parts[i : i + size]) for i in range(0, len(parts), size)]
+
+
+def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema) -> None:
+    """Write a part from the merged files of its shards, a row group at a time.
+
+    :param schema: of the whole dataset.
+    """
+    merged, size = Folder(f"{output.rstrip('/')}/merged"), rows_a_group(options.dimensions)
+    record = PartRecord(part.key, part.rows)
+    kept = {name: value for name, value in (schema.metadata or {}).items() if name != UNIFIED}
+    schema = with_record(schema.with_metadata(kept), record)
+
+    def save(path: str) -> None:
+        pieces = (table for piece in part.slices for table in _read_slice(merged, *piece))
+        tables = _even(pieces, schema, options, size)
+        write_groups(schema, tables, path, options.column, size, options.form.encoding)
+
+    metadata_folder(output).write(part.name, save)
+
+
+def _read_slice(folder: Folder, shard: str, first: int, count: int) -> Iterator[pa.Table]:
+    """Some rows of a merged file, by its row groups."""
+    with arrow_file(folder, f"{shard}.parquet") as file:
+        parquet, at = pq.ParquetFile(file, page_checksum_verification=True), 0
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            start, stop = max(first - at, 0), min(first + count - at, rows)
+            if start < stop:
+                yield parquet.read_row_group(group).slice(start, stop - start)
+            at += rows
+
+
+def _even(tables: Iterator[pa.Table], schema: pa.Schema, options: MergeOptions, size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows, in one schema."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(conform(table.replace_schema_metadata(None), schema, options.id_col).cast(schema))
+        while sum(map(len, waiting)) >= size:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, size)
+            waiting = [rest] if len(rest := whole.slice(size)) else []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+@task(
+    name="metadata-compaction",
+    task_run_name="write {span}",
+    cache_policy=NO_CACHE,  # a part's footer says what it was made of
+    **RETRIES,
+)
+def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schema: pa.Schema, span: str) -> int:
+    """Write some parts; how many rows they have.
+
+    :raises ShardsFailed: some could not be written; all others are.
+    """
+    failures = []
+    for part in parts:
+        try:
+            write_part(part, output, options, schema)
+        except Exception as error:
+            failures.append(ShardFailure.of(part.label, error))
+    if failures:
+        raise ShardsFailed(failures)
+    return sum(part.rows for part in parts)

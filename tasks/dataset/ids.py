@@ -1,0 +1,46 @@
+"""Ids of metadata rows as the text that is compared, a column at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedders.ids import canonical_id
+
+EXACT = float(1 << 62)
+"""Floats below it are integers that 64 bits hold."""
+
+
+def canonical_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """`embedders.ids.canonical_id` of every value, as strings; nulls stay null.
+
+    Integers, text and floats that are whole numbers are converted by Arrow, all else value by value.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type) or _is_text(column.type):
+        return column.cast(pa.string())
+    if pa.types.is_floating(column.type) and _all_whole(column):
+        return column.cast(pa.int64()).cast(pa.string())
+    texts = [[None if v is None else canonical_id(v) for v in chunk.to_pylist()] for chunk in column.chunks]
+    return pa.chunked_array(texts, pa.string())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _all_whole(column: pa.ChunkedArray) -> bool:
+    values = column.drop_null().cast(pa.float64()).to_numpy()
+    return bool((np.abs(values) < EXACT).all() and (np.floor(values) == values).all())
+
+
+def repeated(ids: pa.ChunkedArray) -> np.ndarray:
+    """Rows whose id is an earlier row's, ascending; a null is no id."""
+    if len(ids) - ids.null_count == pc.count_distinct(ids, mode="only_valid").as_py():
+        return np.zeros(0, np.int64)
+    codes = ids.combine_chunks().dictionary_encode().indices
+    known = np.flatnonzero(codes.is_valid().to_numpy(zero_copy_only=False))
+    _, first = np.unique(codes.drop_null().to_numpy(), return_index=True)
+    return np.delete(known, first)

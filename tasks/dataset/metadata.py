@@ -1,0 +1,305 @@
+"""A shard's metadata: the Parquet beside its tar, or its samples' json; and one schema for all shards of a dataset."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedders.errors import InputError
+from embedders.ids import printable
+from embedders.quarantine import Reason
+from embedders.webdataset import open_shard, sample_json
+from tasks.dataset.column_types import plain_schema, plain_table, refused_by_arrow
+from tasks.dataset.description import columns_made
+from tasks.dataset.ids import canonical_ids, repeated
+from tasks.shards import Shard
+from tasks.storage.folder import in_bulk
+
+MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
+"""Shares of ids without a partner: of either side in the whole dataset, and of the smaller side in one shard."""
+
+
+@contextmanager
+def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
+    """The Parquet beside a shard's tar.
+
+    :raises InputError: it is not readable as Parquet, or has no id column.
+    """
+    assert shard.metadata is not None
+    where = f"{shard.dataset}/{shard.metadata}"
+    opened = shard.source.open(shard.metadata)  # what a store says here is not of the file's content
+    try:
+        with opened as file:
+            parquet = pq.ParquetFile(file)
+            if id_col not in parquet.schema_arrow.names:
+                columns = ", ".join(parquet.schema_arrow.names)
+                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's error; what Arrow says of a file's content has no number
+        raise InputError(
+            f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it"
+        ) from error
+
+
+def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
+    """Prove that the metadata Parquet can be joined with the shard's samples by id.
+
+    :param ids: the samples' ids, where the tar was looked at.
+    :param unique: whether a repeated id is an error; otherwise its first row is the one that is joined.
+    :raises InputError: it does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is
+        a sample's.
+    """
+    if shard.metadata is None:
+        return
+    where = f"{shard.dataset}/{shard.metadata}"
+    with open_metadata(shard, id_col) as parquet:
+        column = parquet.read([id_col]).column(id_col)
+    if not len(column) and (ids is None or len(ids)):
+        raise no_rows(where)
+    texts = canonical_ids(column)
+    again = repeated(texts)
+    if unique and len(again):
+        raise repeated_id(where, column[int(again[0])].as_py(), int(again[0]))
+    if not ids:
+        return
+    rows = set(texts.drop_null().to_pylist())
+    partners = sum(sample in rows for sample in set(ids))
+    if rows:
+        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (min(rows), ids[0]))
+
+
+def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
+    """Refuse a shard whose rows and samples hardly have an id in common.
+
+    :param partners: ids that both sides have.
+    :param counts: rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
+        crawl's metadata lists images that were never fetched.
+    :param examples: an id of a row and one of a sample.
+    :raises InputError: over 99 % of the smaller side has no partner.
+    """
+    if not min(counts) or 1 - partners / min(counts) <= MISMATCH_REFUSED:
+        return
+    few = "none of its ids is" if not partners else f"only {partners} of its {counts[0]} ids are"
+    raise InputError(
+        f"{where}: {few} a sample's: column {id_col!r} has {examples[0]!r}, "
+        f"the tar has {examples[1]!r}; give the right --id-col, or the Parquet that belongs to the tar"
+    )
+
+
+def no_rows(where: str) -> InputError:
+    """What is said of metadata that describes nothing."""
+    return InputError(f"{where}: no rows; replace it, or take it away and the samples' json is the metadata")
+
+
+def repeated_id(where: str, value: Any, row: int) -> InputError:
+    """What is said of an id that is there twice."""
+    return InputError(
+        f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard "
+        "(--repeated-ids quarantine joins the first such row and lists the others)"
+    )
+
+
+def read_ids(shard: Shard, id_col: str) -> pa.ChunkedArray:
+    """The id of every metadata row as text; nulls stay null."""
+    if shard.metadata is None:
+        return canonical_ids(json_metadata(shard, id_col).column(id_col))
+    with open_metadata(shard, id_col) as parquet:
+        return canonical_ids(parquet.read([id_col]).column(id_col))  # it also reads a column called "id_col.other"
+
+
+def read_metadata(shard: Shard, id_col: str) -> pa.Table:
+    """A shard's metadata as it is, in plain types; see `tasks.dataset.column_types`.
+
+    Without a Parquet beside the tar, its rows are the samples' json members.
+    """
+    if shard.metadata is None:
+        return json_metadata(shard, id_col)
+    with open_metadata(shard, id_col) as parquet:
+        # Not all at once: Arrow cannot read dictionaries inside lists or structs across row groups.
+        groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
+        return plain_table(pa.concat_tables(groups) if groups else parquet.read())
+
+
+def json_metadata(shard: Shard, id_col: str) -> pa.Table:
+    """One row a sample from its json member, with every key of any of them as a column, the id first."""
+    with shard.source.local_copy(shard.tar) as path:
+        opened = open_shard(path, id_col, key_dot=shard.key_dot)
+        rows = [
+            with_id(sample_json(sample, opened.data), id_col, sample_id)
+            for i, (sample, sample_id) in enumerate(zip(opened.index.samples, opened.ids, strict=True))
+            if opened.unusable.get(i, (None,))[0] is not Reason.DUPLICATE_ID
+        ]
+    names = dict.fromkeys([id_col, *(name for row in rows for name in row)])
+    return pa.table({printable(name): json_column([row.get(name) for row in rows]) for name in names})
+
+
+def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
+    """A json object whose id column is what the sample goes by, also where it was missing or null."""
+    return row if row.get(id_col) is not None else {**row, id_col: sample_id}
+
+
+def json_column(values: list[Any]) -> pa.Array:
+    """Json values as a column; as text where they are not of one type, text staying as it is."""
+    try:
+        column = pa.array(values)
+        same = not has_empty_struct(column.type)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        same = False
+    if not same:
+        texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        column = pa.array([None if text is None else printable(text) for text in texts], pa.string())
+    return column.cast(pa.string()) if pa.types.is_null(column.type) else column
+
+
+def has_empty_struct(kind: pa.DataType) -> bool:
+    """Whether a type holds the json object `{}`, which Parquet cannot write."""
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+
+
+# --- columns that can be carried through ------------------------------------------------------------------------------
+
+
+def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
+    """Return the schema of the Parquet beside a shard's tar, in plain types, from its footer.
+
+    Args:
+        shard: It has such a Parquet.
+        id_col: The column with the ids.
+        column: The embedding column that is to come.
+
+    Raises:
+        InputError: The file does not open or lacks the id column, two columns have one name, a column of the user's
+            own has the embedding column's name, or a column's type cannot be written.
+    """
+    where = f"{shard.dataset}/{shard.metadata}"
+    with open_metadata(shard, id_col) as parquet:
+        schema = parquet.schema_arrow
+    check_columns(schema, where, column)
+    for field in schema:
+        if why := refused_by_arrow(field):
+            raise InputError(
+                f"{where}: column {field.name!r} is {field.type}, which cannot be carried through ({why}); "
+                "write it as another type, or leave it out"
+            )
+    return plain_schema(schema.remove_metadata())
+
+
+def check_columns(schema: pa.Schema, where: str, column: str) -> None:
+    """Refuse columns that would be lost: of two that have one name, and one that has the embedding column's.
+
+    Raises:
+        InputError: There is such a column, and no record in the footer that this program wrote it.
+    """
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise InputError(f"{where}: {count} columns are called {name!r}; rename all but one")
+    if column in schema.names and column not in columns_made(schema):
+        raise InputError(
+            f"{where}: has a column {column!r} that shard-embed did not write, and would replace; "
+            "give another --image-embedding-column, or rename it"
+        )
+
+
+def check_json_members(shard: Shard, id_col: str, column: str) -> None:
+    """Refuse a tar whose first json member has the embedding column's name as a key.
+
+    Raises:
+        InputError: It has; the column would be lost in the merge.
+    """
+    with shard.source.local_copy(shard.tar) as path:
+        opened = open_shard(path, id_col)
+        rows = (sample_json(sample, opened.data) for sample in opened.index.samples)
+        names = list(next((row for row in rows if row), {}))
+    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), column)
+
+
+def json_members(shard: Shard) -> str:
+    """Return how messages name a tar's json members."""
+    return f"{shard.dataset}/{shard.tar}, json members"
+
+
+# --- one schema -------------------------------------------------------------------------------------------------------
+
+
+def unified_schema(shards: Sequence[Shard], id_col: str, column: str, held: pa.Schema | None = None) -> pa.Schema:
+    """The schema that the metadata of all these shards has in common, from the footers of their Parquets.
+
+    A column that some lack is null there; an int that is a float elsewhere is a float; ids of several types are text.
+
+    :param column: the embedding column, which is none of the metadata.
+    :param held: the schema of what is merged already and stays.
+    :raises InputError: a column's types cannot be one, or a Parquet does not open or lacks the id column.
+    """
+
+    def schema_of(shard: Shard) -> pa.Schema:
+        return usable_schema(shard, id_col, column)
+
+    described = [shard for shard in shards if shard.metadata is not None]
+    distinct: dict[str, tuple[pa.Schema, str]] = {}
+    if held is not None:
+        distinct[str(held)] = held, "what is merged already"
+    for shard, schema in zip(described, in_bulk(schema_of, described), strict=True):
+        schema = pa.schema([field for field in schema if field.name != column])
+        distinct.setdefault(str(schema), (schema, f"{shard.dataset}/{shard.metadata}"))
+    if not distinct:
+        return pa.schema([])
+    (schema, first), *others = distinct.values()
+    if not others:
+        return schema
+    fields = {field.name: (field.with_nullable(True), first) for field in schema}
+    for other, where in others:
+        for field in other:
+            seen = fields.get(field.name)
+            fields[field.name] = (_united(*seen, field, where, id_col), seen[1]) if seen else (field, where)
+    return pa.schema([field.with_nullable(True) for field, _ in fields.values()])
+
+
+def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str) -> pa.Field:
+    """One field that holds the values of two."""
+    if one.type == other.type:
+        return one
+    if one.name == id_col and not (pa.types.is_integer(one.type) and pa.types.is_integer(other.type)):
+        return pa.field(id_col, pa.string())
+    sides = [pa.field(f.name, f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in (one, other)]
+    try:
+        return pa.unify_schemas([pa.schema([f]) for f in sides], promote_options="permissive").field(0)
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise InputError(
+            f"{where}: column {one.name!r} is {other.type}, and {one.type} in {first}; make it one type in all shards"
+        ) from error
+
+
+def conform(table: pa.Table, schema: pa.Schema, id_col: str) -> pa.Table:
+    """A shard's metadata in the schema of the dataset.
+
+    :raises InputError: a value does not fit the column's type, or the file has changed since the schema was made.
+    """
+    if table.schema.equals(schema):
+        return table
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        column = table.column(field.name)
+        if field.name == id_col and pa.types.is_string(field.type):
+            column = canonical_ids(column)
+        try:
+            columns.append(column if column.type == field.type else column.cast(field.type))
+        except pa.ArrowException as error:
+            detail = " ".join(str(error).split())[:120]
+            raise InputError(f"column {field.name!r} does not fit {field.type}: {detail}") from error
+    extra = [name for name in table.column_names if name not in schema.names]
+    if extra:
+        raise InputError(f"columns {', '.join(extra)} came while the run went on; run the same again")
+    return pa.table(columns, schema=schema)

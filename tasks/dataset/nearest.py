@@ -1,0 +1,147 @@
+"""The vectors of an output that are nearest to another: exact, streamed a row group at a time."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedders.errors import InputError
+from tasks.dataset.ids import canonical_ids
+from tasks.records import embedding_record
+from tasks.storage.folder import Folder
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """A sample and its cosine to the query."""
+
+    score: float
+    shard: str
+    id: str
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The shard and the id."""
+        return self.shard, self.id
+
+
+def find_vector(output: Folder, sample_id: str) -> np.ndarray:
+    """The vector of a sample, (dimensions,) float32; the first one where several shards have the id.
+
+    :raises InputError: no shard has it.
+    """
+    for _, parquet in _files(output):
+        for group in range(parquet.num_row_groups):
+            ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
+            if sample_id in ids:
+                return _matrix(parquet, group)[ids.index(sample_id)]
+    raise InputError(f"{output.url}: no embedded sample has the id {sample_id!r}; quarantined ones have no vector")
+
+
+def nearest(output: Folder, query: np.ndarray, count: int, embedder: str | None = None) -> list[Found]:
+    """The samples whose vectors have the highest cosine to a query, the best first; all vectors are read once.
+
+    :param query: (dimensions,) float32.
+    :param embedder: digest of the embedder's fingerprint that gave the query.
+    :raises InputError: vectors of another embedder or of other dimensions, or none at all.
+    """
+    best: list[Found] = []
+    unit = query / max(float(np.linalg.norm(query)), 1e-30)
+    for shard, parquet in _files(output):
+        record = embedding_record(parquet.metadata)
+        if embedder is not None and (record is None or record.embedder != embedder):
+            raise InputError(f"{output.url}/embeddings/{shard}.parquet: by another embedder; run flows.embed again")
+        for group in range(parquet.num_row_groups):
+            vectors = _matrix(parquet, group)
+            if not vectors.size:
+                continue
+            if vectors.shape[1] != len(unit):
+                raise InputError(f"{output.url}: vectors of {vectors.shape[1]} dimensions, the query has {len(unit)}")
+            scores, rows = _top(vectors, unit, count)
+            ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
+            found = [Found(score, shard, ids[row]) for score, row in zip(scores, rows, strict=True)]
+            best = heapq.nlargest(count, [*best, *found])
+    if not best:
+        raise InputError(f"{output.url}: no embeddings in it; give the --output of a run of flows.embed")
+    return best
+
+
+def read_rows(folders: Sequence[Folder], found: Sequence[Found], id_col: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read the metadata of samples that were found: the user's own columns.
+
+    Args:
+        folders: Where a shard's metadata may be, as SHARD.parquet; the first one that has it counts.
+        found: The samples.
+        id_col: The id's column, which is left out of the rows, as are nested and binary columns.
+
+    Returns:
+        The values by column, by shard and id; nothing for a sample without a metadata row.
+    """
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for one in found:
+        wanted[one.shard].append(one.id)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for shard, ids in wanted.items():
+        folder = next((folder for folder in folders if folder.has(f"{shard}.parquet")), None)
+        if folder is not None:
+            with folder.open(f"{shard}.parquet") as file:
+                for sample_id, row in _rows(pq.ParquetFile(file, pre_buffer=False), ids, id_col):
+                    rows.setdefault((shard, sample_id), row)
+    return rows
+
+
+def _rows(parquet: pq.ParquetFile, ids: Sequence[str], id_col: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows with some ids, and their ids as text."""
+    schema = parquet.schema_arrow
+    if id_col not in schema.names:
+        return
+    names = [field.name for field in schema if field.name != id_col and _is_shown(field.type)]
+    for group in range(parquet.num_row_groups):
+        texts = canonical_ids(parquet.read_row_group(group, columns=[id_col], use_threads=False).column(0))
+        at = np.flatnonzero(pc.is_in(texts, pa.array(ids, pa.string())).to_numpy())
+        if len(at):
+            table = parquet.read_row_group(group, columns=names, use_threads=False).take(at)
+            yield from zip(texts.take(pa.array(at)).to_pylist(), table.to_pylist() or [{}] * len(at), strict=True)
+
+
+def _is_shown(kind: pa.DataType) -> bool:
+    """Whether a value can stand in a line."""
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return not pa.types.is_nested(kind) and not any(test(kind) for test in binary)
+
+
+def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float], list[int]]:
+    """The highest cosines of rows to a unit vector and their row numbers."""
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    count = min(count, len(vectors))
+    try:
+        import faiss
+    except ImportError:
+        scores = vectors @ unit
+        rows = np.argpartition(-scores, count - 1)[:count]
+        return scores[rows].tolist(), rows.tolist()
+    found, numbers = faiss.knn(unit[None], vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
+    return found[0].tolist(), numbers[0].tolist()
+
+
+def _files(output: Folder) -> Iterator[tuple[str, pq.ParquetFile]]:
+    """The embeddings file of each shard, open."""
+    folder = Folder(f"{output.url.rstrip('/')}/embeddings")
+    for file in folder.list(".parquet"):
+        with folder.open(file.name) as opened:
+            yield file.name.removesuffix(".parquet"), pq.ParquetFile(opened, pre_buffer=False)
+
+
+def _matrix(parquet: pq.ParquetFile, group: int) -> np.ndarray:
+    """The vectors of a row group, (rows, dimensions) float32."""
+    column = parquet.read_row_group(group, columns=[parquet.schema_arrow.names[1]], use_threads=False).column(0)
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values, np.float32).reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

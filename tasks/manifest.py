@@ -1,0 +1,281 @@
+"""The last stage: the account of a run, from the records the files carry."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+
+from embedders.errors import InputError
+from tasks.counted import counted
+from tasks.dataset.even_files import missing_parts
+from tasks.dataset.metadata import MISMATCH_WARNED
+from tasks.plan import Plan
+from tasks.records import EmbeddingRecord
+from tasks.relocation import as_stored, find_places
+from tasks.retries import ShardFailure
+from tasks.shards import UNMATCHED
+from tasks.storage.folder import Folder
+from tasks.vector_checks import check_vectors
+
+MANIFEST = "manifest.json"
+QUARANTINE_WARNED = 0.1
+"""The share of samples in quarantine from which a run warns."""
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds from the start of a run to its end, to its first group of shards, and that shards were in work.
+
+    The last two are 0 where there was no shard to embed.
+    """
+
+    total: float
+    first: float = 0.0
+    working: float = 0.0
+
+
+class Manifest(BaseModel):
+    """What a run did and what the output holds. Counts are of samples unless they say shards."""
+
+    samples: int = Field(description="Samples in the shards that are done.")
+    embedded: int
+    quarantined: int
+    shards: int
+    shards_cached: int = Field(description="Shards that were done before this run.")
+    shards_failed: int
+    left_out: list[str] = Field(
+        [],
+        description="Shards that no count is of, since they failed or are gone; the output may have their old files.",
+    )
+    images_per_second: float = Field(
+        description="Samples of this run by the time from the first shard's begin to the last one's end."
+    )
+    seconds: float
+    seconds_to_first: float = Field(0.0, description="From the start to the first finished group of shards.")
+    dimensions: int
+    model: str
+    output: str
+    metadata: str = Field("", description="The folder with the merged dataset.")
+    dataset: str = ""
+    checkpoint: str = Field("", description="The weights file that the run was given.")
+    id_col: str = Field("", description="The id's column in the metadata.")
+    quarantined_by_reason: dict[str, int] = {}
+    rows: int = Field(0, description="Rows of the merged metadata.")
+    rows_without_embedding: int = 0
+    rows_left_out: int = Field(0, description="Rows without an embedding that are not in the dataset.")
+    rows_without_image: int = Field(0, description="Rows whose id no sample has, part of those without an embedding.")
+    rows_repeated: int = Field(0, description="Rows that repeat an id, part of those without an embedding.")
+    embeddings_without_row: int = 0
+    ignored: int = Field(0, description="Members of the tars that are part of no sample.")
+    ignored_examples: list[str] = []
+    over_limit: str = Field(
+        "", description="By how much the quarantine exceeds --max-quarantined; empty if it does not."
+    )
+    warnings: list[str] = Field([], description="What a person should look at.")
+    failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
+    finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
+    embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
+    decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
+    computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
+    versions: dict[str, str] = {}
+    wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
+
+    @property
+    def told_rows(self) -> str:
+        """The rows of the dataset, and what became of those without an embedding, for a person."""
+        if self.rows_left_out:
+            return f"{self.rows:,}; {self.rows_left_out:,} more have no embedding and are left out"
+        return f"{self.rows:,}, {self.rows_without_embedding:,} of them without an embedding"
+
+
+def account(
+    plan: Plan,
+    cached: int,
+    failures: Sequence[ShardFailure],
+    embedder: Mapping[str, Any],
+    spent: Timing,
+    fresh: int,
+    finish_with: str = "",
+    max_quarantined: float | None = None,
+    checkpoint: str | None = None,
+) -> Manifest:
+    """The manifest of a plan read after the work.
+
+    :param cached: shards that were done before.
+    :param fresh: samples embedded or quarantined by this run.
+    :param finish_with: the call that does what failed.
+    :param max_quarantined: the share of samples that may be in quarantine, None for any.
+    :param checkpoint: the weights file that the embedder was given.
+    """
+    records, merges = list(plan.embedded.values()), list(plan.merged.values())
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    return Manifest(
+        samples=sum(record.samples for record in records),
+        embedded=sum(record.embedded for record in records),
+        quarantined=reasons.total(),
+        shards=len(plan.shards),
+        shards_cached=cached,
+        shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
+        left_out=sorted({*(shard.name for shard in plan.to_embed), *plan.gone}),
+        images_per_second=round(fresh / (spent.working or spent.total), 1),
+        seconds=round(spent.total, 2),
+        seconds_to_first=round(spent.first, 2),
+        dimensions=max((record.dimensions for record in records), default=0),
+        model=str(embedder.get("model", embedder.get("embedder", ""))),
+        output=plan.shards[0].output,
+        metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
+        dataset=plan.shards[0].dataset,
+        checkpoint=checkpoint or "",
+        id_col=plan.options.id_col,
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        rows=sum(record.rows for record in merges),
+        rows_without_embedding=sum(record.rows_without_embedding for record in merges),
+        rows_left_out=0 if plan.options.keep_rows else sum(record.rows_without_embedding for record in merges),
+        rows_without_image=sum(record.rows_without_image for record in merges),
+        rows_repeated=sum(record.rows_repeated for record in merges),
+        embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        ignored=sum(record.ignored for record in records),
+        ignored_examples=_ignored_examples(plan),
+        over_limit=over_limit(records, max_quarantined),
+        warnings=warnings(plan),
+        failures={failure.shard: failure.error for failure in failures},
+        finish_with=finish_with if failures else "",
+        embedder=dict(embedder),
+        decoders=dict(Counter(record.decoder for record in records if record.decoder)),
+        computed=dict(Counter(record.computed for record in records if record.computed)),
+        versions=records[0].versions if records else {},
+        wrong=check_vectors(plan.embedded, embedder),
+    )
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What a person should look at: a large quarantine, doubtful tars, shards that have gone, ids without a partner."""
+    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_mismatch(plan)]
+
+
+def over_limit(records: Sequence[EmbeddingRecord], limit: float | None) -> str:
+    """By how much the quarantine exceeds the share of samples that it may hold; empty if it does not."""
+    samples = sum(record.samples for record in records)
+    bad = samples - sum(record.embedded for record in records)
+    if limit is None or bad <= limit * samples:
+        return ""
+    return f"{bad:,} of {samples:,} samples ({bad / samples:.1%}) are quarantined, more than {100 * limit:.4g}%"
+
+
+def _quarantined(plan: Plan) -> list[str]:
+    """A line where nothing was embedded, or 10 % of the samples or more are in quarantine; with the main reason."""
+    records = list(plan.embedded.values())
+    samples, embedded = sum(record.samples for record in records), sum(record.embedded for record in records)
+    bad = samples - embedded
+    if not records or (samples and bad < samples * QUARANTINE_WARNED):
+        return []
+    if not samples:
+        found = "NOTHING WAS EMBEDDED: the tars hold no samples"
+        if ignored := sum(record.ignored for record in records):
+            examples = ", ".join(_ignored_examples(plan))
+            found += f", but {ignored:,} members without a key and an extension, such as {examples}"
+        return [f"{found}; name members KEY.EXTENSION, such as 0001.jpg"]
+    much = "MORE THAN HALF" if bad * 2 > samples else f"{bad / samples:.0%}"
+    head = "NOTHING WAS EMBEDDED" if not embedded else f"{much} OF THE SAMPLES ARE QUARANTINED"
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    (reason, count), *_ = reasons.most_common(1)
+    listed = "quarantine/*.parquet lists them with details"
+    return [f"{head}: {bad:,} of {samples:,}, {count:,} of them {reason}; {listed}"]
+
+
+def _doubtful(plan: Plan) -> list[str]:
+    """A line where tars could be read and yet may have lost their end."""
+    doubts = [f"{name}.tar ({record.doubt})" for name, record in plan.embedded.items() if record.doubt]
+    if not doubts:
+        return []
+    examples = ", ".join(doubts[:EXAMPLES])
+    found = f"{len(doubts):,} of {len(plan.embedded):,} tars, such as {examples}"
+    return [f"samples may be missing at the end of {found}; compare them with their source"]
+
+
+def _ignored_examples(plan: Plan) -> list[str]:
+    """Names of members that are part of no sample, with their tars."""
+    found = (f"{name}.tar/{it}" for name, record in plan.embedded.items() for it in record.ignored_examples)
+    return list(itertools.islice(found, EXAMPLES))
+
+
+def _gone(plan: Plan) -> list[str]:
+    if not plan.gone:
+        return []
+    examples = ", ".join(plan.gone[:3])
+    stay = "their rows stay in the output until their files are deleted"
+    gone = counted(len(plan.gone), "shard")
+    return [f"{gone} of the output no longer in the dataset, such as {examples}; {stay}"]
+
+
+def _mismatch(plan: Plan) -> list[str]:
+    """A line where over 1 % of the images have no metadata row, or of the rows no image; with examples.
+
+    Rows of images that could not be fetched, as img2dataset notes them, are no mismatch.
+    """
+    embedded = sum(plan.embedded[name].embedded for name in plan.merged)
+    images = sum(record.embeddings_without_row for record in plan.merged.values())
+    without = sum(record.rows_without_embedding for record in plan.merged.values())
+    rows = sum(record.rows_without_image - record.rows_not_fetched for record in plan.merged.values())
+    sides = (
+        ("images have no metadata row", images, embedded),
+        ("metadata rows have no image", rows, embedded - images + without),
+    )
+    found = [f"{count:,} of {total:,} {what}" for what, count, total in sides if count > total * MISMATCH_WARNED]
+    if not found:
+        return []
+    examples = [f"{example!r} ({name})" for name, record in plan.merged.items() for example in record.examples[:1]]
+    listed = "quarantine/*.unmatched.parquet lists them"
+    return [f"{', '.join(found)}, such as {', '.join(examples[:3])}; check --id-col; {listed}"]
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write manifest.json into the output, whole or not at all; see `tasks.relocation` for the places in it."""
+    places = {name: getattr(manifest, name) for name in ("dataset", "metadata", "checkpoint")}
+    stored = manifest.model_dump(mode="json") | as_stored(manifest.output, places)
+    Folder(manifest.output).write_text(MANIFEST, json.dumps(stored, indent=2) + "\n")
+
+
+def read_manifest(output: str, dataset: str | None = None) -> Manifest:
+    """The account in an output, with the places where things are now.
+
+    :param dataset: where the dataset is, if it is not where the manifest says.
+    :raises InputError: there is none, or it is not readable.
+    """
+    text = Folder(output).read_text(MANIFEST)
+    if text is None:
+        raise InputError(f"{output}: no {MANIFEST} in it; give the --output of a finished run")
+    try:
+        stored = json.loads(text)
+        places = find_places(output, stored, dataset)
+        return Manifest(**stored | vars(places) | {"output": output})
+    except (ValueError, TypeError, AttributeError) as error:  # pydantic's are ValueErrors
+        raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
+
+
+def read_quarantine(output: Folder, limit: int = 20, left_out: Collection[str] = ()) -> list[dict[str, str]]:
+    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left.
+
+    :param left_out: shards whose rows are an earlier run's; see `Manifest`.
+    """
+    rows: list[dict[str, str]] = []
+    folder = Folder(f"{output.url.rstrip('/')}/quarantine")
+    for found in folder.list(".parquet"):
+        shard = found.name.removesuffix(".parquet")
+        if found.name.endswith(UNMATCHED) or shard in left_out:
+            continue
+        with folder.open(found.name) as file:
+            # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
+            # and abort the process.
+            rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]
+        if len(rows) >= limit:
+            break
+    return rows[:limit]

@@ -1,0 +1,292 @@
+"""What a worker keeps from task to task: one engine, through which the shards of all its tasks run as one stream.
+
+A worker has several task threads. While the GPU computes one task's last shard, the next task has got past Prefect,
+has opened its first shards and put them in line: the GPU does not see where one task ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from embedders.base import ImageEmbedder
+from embedders.engine import EmbeddedShard, Engine
+from embedders.errors import drop_locals
+from embedders.fingerprint import of_value_or_type
+from embedders.webdataset import OpenShard
+from tasks.keys import digest
+from tasks.worker.hang_detection import watch
+
+PATIENCE = 1.0
+"""Seconds that batches in flight wait for the next shard while one is being opened; then they are finished."""
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread that computes in Python makes way for the one that feeds the GPU; 0.005 is Python's."""
+
+GARBAGE = (50_000, 20, 100)
+"""In place of Python's (700, 10, 10): new objects before the youngest are looked through, and how often before older
+ones are."""
+
+TICK = 0.005
+
+TURN = 30.0
+"""Seconds for which tasks go on to get the engine that is there while one waits for another: loading takes seconds."""
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A task has put all its shards in line: so many."""
+
+    shards: int
+
+
+@dataclass(eq=False)
+class _Task:
+    """A caller of `SharedEngine.embed`: what comes of its shards, and whether it has left."""
+
+    results: queue.Queue[EmbeddedShard | BaseException | _Fed] = field(default_factory=lambda: queue.Queue(2))
+    left: bool = False
+
+    def deliver(self, result: EmbeddedShard | BaseException | _Fed) -> None:
+        """Hand something over; wait while the caller is busy with what came before, as with a slow disk."""
+        while not self.left:
+            with contextlib.suppress(queue.Full):
+                self.results.put(result, timeout=0.1)
+                return
+
+
+class SharedEngine:
+    """An engine in a thread of its own. Any number of threads may call `embed` at the same time."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """Wait for `make`, which runs in the engine's thread, and raise what it raises."""
+        self.failure: BaseException | None = None
+        self._line: queue.Queue[tuple[OpenShard, _Task] | None] = queue.Queue(1)
+        self._opening = 0  # tasks that still have shards to put in line
+        self._lock = threading.Lock()
+        made: queue.Queue[Engine | BaseException] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, args=(make, made), name="engine", daemon=True)
+        self._thread.start()
+        engine = made.get()
+        if isinstance(engine, BaseException):
+            raise engine
+        self.embedder: ImageEmbedder = engine.embedder
+
+    def embed(self, shards: Iterable[OpenShard]) -> Iterator[EmbeddedShard]:
+        """Embed a stream of shards, which another thread takes one ahead. Each is yielded once it is done, in no
+        promised order.
+
+        :raises Exception: what `shards` or the engine raised. The engine is of no use after its own; see `failure`.
+        """
+        task = _Task()
+        feeder = threading.Thread(target=self._feed, args=(shards, task), name="open", daemon=True)
+        feeder.start()
+        done, fed = 0, None
+        try:
+            while done != fed:
+                result = task.results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if isinstance(result, _Fed):
+                    fed = result.shards
+                else:
+                    done += 1
+                    yield result
+        finally:
+            task.left = True
+            feeder.join()
+
+    def close(self) -> None:
+        """End the thread and free the engine. Nobody may use it any more."""
+        if self.failure is None and self._thread.is_alive():  # one that failed ends by itself, whatever is in line
+            self._line.put(None)
+        self._thread.join()
+        gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
+        gc.collect()
+
+    def _feed(self, shards: Iterable[OpenShard], task: _Task) -> None:
+        """Put a task's shards in line."""
+        with self._lock:
+            self._opening += 1
+        count = 0
+        try:
+            for shard in shards:
+                if not self._enter(shard, task):
+                    return
+                count += 1
+        except BaseException as error:
+            task.deliver(error)
+        finally:
+            with self._lock:
+                self._opening -= 1
+        task.deliver(_Fed(count))
+
+    def _enter(self, shard: OpenShard, task: _Task) -> bool:
+        """Wait for a place in the line; False if the task has left or the engine has failed meanwhile."""
+        entered = False
+        while not (entered or task.left or self.failure):
+            with contextlib.suppress(queue.Full):
+                self._line.put((shard, task), timeout=0.1)
+                entered = True
+        if self.failure:  # nobody may have looked at the line since
+            task.deliver(self.failure)
+            return False
+        return entered
+
+    def _run(self, make: Callable[[], Engine], made: queue.Queue[Engine | BaseException]) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        try:
+            engine = make()
+        except BaseException as error:
+            made.put(error)
+            return
+        collect_garbage_seldom()
+        made.put(engine)
+        while self._serve(engine):
+            pass
+        del engine  # an error it failed with keeps this frame
+
+    def _serve(self, engine: Engine) -> bool:
+        """Embed what comes until there is none for a while; False once nothing will come, or the engine has failed.
+
+        A function of its own, so that an idle engine holds no shard.
+        """
+        first = self._line.get()
+        if first is None:
+            return False
+        owners: dict[int, _Task] = {}
+        try:
+            for embedded in engine.embed(self._stream(first, owners), watch.batch):
+                owners.pop(id(embedded.shard)).deliver(embedded)
+        except BaseException as error:
+            drop_locals(error)
+            self.failure = error
+            for task in {*owners.values(), *self._waiting()}:
+                task.deliver(error)
+            return False
+        return True
+
+    def _stream(self, first: tuple[OpenShard, _Task], owners: dict[int, _Task]) -> Iterator[OpenShard]:
+        """The shards in line, until there is none and none to be expected soon."""
+        coming: tuple[OpenShard, _Task] | None = first
+        while coming is not None:
+            shard, task = coming
+            owners[id(shard)] = task
+            yield shard
+            coming = self._next()
+
+    def _next(self) -> tuple[OpenShard, _Task] | None:
+        until = time.monotonic() + PATIENCE
+        while True:
+            opening = self._opening  # read before the line: a shard may be put there in between
+            with contextlib.suppress(queue.Empty):
+                return self._line.get(timeout=TICK if opening else 0)
+            if not opening or time.monotonic() > until:
+                return None
+
+    def _waiting(self) -> Iterator[_Task]:
+        """Take out of line whoever is there."""
+        with contextlib.suppress(queue.Empty):
+            while (item := self._line.get_nowait()) is not None:
+                yield item[1]
+
+
+def collect_garbage_seldom() -> None:
+    """Leave what is there now out of garbage collections, and have few of them.
+
+    Looking through the half million objects that torch, timm and Prefect are made of stops every thread for a quarter
+    of a second, in which a GPU would have embedded 6,000 images; a new shard's samples give occasion to do so.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GARBAGE)
+
+
+@dataclass(eq=False)
+class _Request:
+    """A task that waits for an engine."""
+
+    name: str
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class _Kept:
+    """The engine of this process, what it is for, how many tasks use it now, and which wait, the oldest first."""
+
+    name: str = ""
+    engine: SharedEngine | None = None
+    users: int = 0
+    waiting: list[_Request] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        return self.engine is not None and self.engine.failure is None
+
+    def serves(self, request: _Request) -> bool:
+        """Whether it is a request's turn.
+
+        One for the engine that is there goes first, until one for another engine has waited for `TURN` seconds. A
+        worker's memory has room for one model, so that one has to wait until nobody uses this one.
+        """
+        others = [other for other in self.waiting if other.name != self.name or not self.usable]
+        if request not in others:
+            return not others or time.monotonic() - others[0].since < TURN
+        return not self.users and request is others[0]
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self.engine is not None:
+            self.engine.close()
+        self.engine, self.name = None, ""
+
+
+_kept = _Kept()
+_changed = threading.Condition()
+
+
+@contextlib.contextmanager
+def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images: int = 0) -> Iterator[SharedEngine]:
+    """This process's engine for an embedder: made once, kept until another one is asked for and nobody uses it.
+
+    Tasks of runs with different embedders take turns.
+
+    :param fingerprint: the digest of the embedder's fingerprint.
+    :param images: how many this worker will probably see in all; 0 if that is not known.
+    """
+    # Every task brings a copy of its own: copies that would load the same model must have one name.
+    public = {k: of_value_or_type(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
+    name = digest([fingerprint, public, device])
+    request = _Request(name)
+    with _changed:
+        _kept.waiting.append(request)
+        try:
+            _changed.wait_for(lambda: _kept.serves(request))
+            if _kept.name != name or not _kept.usable:
+                _kept.close()
+                _kept.engine, _kept.name = SharedEngine(lambda: _make(embedder, device, images)), name
+        finally:
+            _kept.waiting.remove(request)
+            _changed.notify_all()
+        engine = _kept.engine
+        assert engine is not None
+        _kept.users += 1
+    try:
+        yield engine
+    finally:
+        with _changed:
+            _kept.users -= 1
+            if not _kept.users and not _kept.usable:
+                _kept.close()  # what it failed with holds the model and shards
+            _changed.notify_all()
+
+
+def _make(embedder: ImageEmbedder, device: str, images: int) -> Engine:
+    embedder.expect(images)
+    return Engine(embedder, device)
