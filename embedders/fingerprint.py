@@ -7,6 +7,7 @@ name: it changes with the package's version, which the records of shards hold.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import hashlib
@@ -58,12 +59,12 @@ def of_value_or_type(value: Any) -> Any:
 
 
 def of_class(kind: type) -> str:
-    """Return the digest of a class's own body: its source, or its functions' code where there is no source file."""
-    try:
-        return _digest(inspect.getsource(kind).encode())
-    except (OSError, TypeError):  # defined in an interpreter's session
-        body = {key: value for key, value in vars(kind).items() if key not in _CLASS_FURNITURE}
-        return _digest(repr(sorted((key, _of_member(value, f"{kind.__name__}.{key}")) for key, value in body.items())))
+    """Return the digest of a class's own body: its functions' source, and the values of its other attributes.
+
+    The source is found by each function, not by the class: for that Python needs the module's file, which is hidden
+    from the main module while worker processes start.
+    """
+    return _of_class(kind, ())
 
 
 def of_classes(kind: type, base: type) -> dict[str, str]:
@@ -82,21 +83,38 @@ _CLASS_FURNITURE = frozenset({
 """Attributes that Python gives to every class."""
 
 
-def _of_member(member: Any, name: str) -> Any:
+def _of_class(kind: type, above: tuple[int, ...]) -> str:
+    above = (*above, id(kind))
+    body = {key: value for key, value in vars(kind).items() if key not in _CLASS_FURNITURE}
+    return _digest(repr(sorted((key, _of_member(value, above)) for key, value in body.items())))
+
+
+def _of_member(member: Any, above: tuple[int, ...]) -> str:
+    """An attribute of a class; by its type alone if it has no stable representation."""
     if isinstance(member, staticmethod | classmethod):
-        return [type(member).__name__, _of_member(member.__func__, name)]
+        return f"{type(member).__name__} {_of_member(member.__func__, above)}"
     if isinstance(member, property):
-        return ["property", [_of_member(f, name) for f in (member.fget, member.fset, member.fdel)]]
+        return f"property {[_of_member(f, above) for f in (member.fget, member.fset, member.fdel)]}"
     if isinstance(member, functools.cached_property):
-        return ["cached_property", _of_member(member.func, name)]
-    if inspect.ismemberdescriptor(member):  # a slot
-        return "slot"
-    return _of_value(member, name, ())
+        return f"cached_property {_of_member(member.func, above)}"
+    if isinstance(member, types.FunctionType):
+        bound = [_or_type(value, above) for value in _bound(member)]
+        return f"{_of_body(member)} {bound}"
+    return _or_type(member, above)
+
+
+def _or_type(value: Any, above: tuple[int, ...]) -> str:
+    try:
+        return json.dumps(_of_value(value, "value", above))
+    except NoFingerprint:
+        return _type_name(value)
 
 
 def _of_value(value: Any, name: str, above: tuple[int, ...]) -> Any:
     if type(value) in PLAIN:
         return value
+    if isinstance(value, type):
+        return _of_type(value, above)
     if id(value) in above:
         raise NoFingerprint(f"{name} ({_type_name(value)}) refers to itself")
     above = (*above, id(value))
@@ -110,8 +128,6 @@ def _of_value(value: Any, name: str, above: tuple[int, ...]) -> Any:
         return {"dict": _of_items(value, name, above)}
     if isinstance(value, types.ModuleType):
         return {"module": value.__name__}
-    if isinstance(value, type):
-        return _of_type(value)
     if isinstance(value, types.FunctionType):
         return _of_function(value, name, above)
     if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | None):
@@ -130,23 +146,39 @@ def _of_items(items: Mapping[Any, Any], name: str, above: tuple[int, ...]) -> li
     return sorted(pairs, key=lambda pair: repr(pair[0]))
 
 
-def _of_type(kind: type) -> Any:
+def _of_type(kind: type, above: tuple[int, ...]) -> Any:
     if _installed(kind.__module__):
         return {"class": f"{kind.__module__}.{kind.__qualname__}"}
-    user = {k.__qualname__: of_class(k) for k in kind.__mro__ if not _installed(k.__module__)}
+    if id(kind) in above:  # one of its methods refers to it
+        return {"class": kind.__qualname__}
+    user = {k.__qualname__: _of_class(k, above) for k in kind.__mro__ if not _installed(k.__module__)}
     return {"class": kind.__qualname__, "source": user}
 
 
 def _of_function(function: types.FunctionType, name: str, above: tuple[int, ...]) -> Any:
-    """A function by its code, its defaults, and the values it closes over."""
+    """A function by its body, its defaults, and the values it closes over."""
     if _installed(function.__module__) and "<" not in function.__qualname__:  # all lambdas have one name
         return {"function": f"{function.__module__}.{function.__qualname__}"}
-    try:
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    except ValueError as error:
-        raise NoFingerprint(f"{name} closes over a variable that has no value yet") from error
-    bound = [function.__defaults__, function.__kwdefaults__, cells]
-    return {"code": _digest(repr(_of_code(function.__code__)).encode()), "bound": _of_value(bound, name, above)}
+    return {"body": _of_body(function), "bound": [_of_value(value, name, above) for value in _bound(function)]}
+
+
+def _of_body(function: types.FunctionType) -> str:
+    """The digest of a function's source; of its code where there is no source file, or more than it on its lines."""
+    if function.__name__ != "<lambda>":
+        with contextlib.suppress(OSError, TypeError):
+            return _digest(inspect.getsource(function.__code__))
+    return _digest(repr(_of_code(function.__code__)))
+
+
+def _bound(function: types.FunctionType) -> list[Any]:
+    """Defaults and the values that a function closes over, those without a value yet as their names."""
+    found: list[Any] = [function.__defaults__, function.__kwdefaults__]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            found.append(name)
+    return found
 
 
 def _of_code(code: types.CodeType) -> tuple[Any, ...]:

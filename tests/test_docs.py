@@ -80,7 +80,7 @@ def test_code_runs(place: Path, page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_no_code_is_left_out_without_a_reason(page: str) -> None:
     for block in blocks(page):
-        assert block.language in {"python", "sh", "text"} or block.note.startswith("not run: "), block.code
+        assert block.language in {"python", "sh", "text", "mermaid"} or block.note.startswith("not run: "), block.code
     text = (ROOT / page).read_text()
     without = FENCE.sub("", text)
     for match in INDENTED.finditer(without):
@@ -98,7 +98,7 @@ def templates() -> set[str]:
     """Every text in the code, with … for what is filled in."""
     found = set()
     for folder in ("embedders", "tasks", "flows"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     found.add("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))

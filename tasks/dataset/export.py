@@ -156,9 +156,11 @@ def whole_folder(target: Folder, made_of: dict[str, Any]) -> Iterator[Path]:
             yield folder
         return
     target.check_writable()
-    with scratch() as local:
-        yield Path(local)
-        _upload(Path(local), target, made_of)
+    with scratch() as folder:
+        local = Path(folder, "export")
+        local.mkdir()
+        yield local
+        _upload(local, target, made_of)
 
 
 def _is_taken(target: Folder) -> bool:

@@ -74,10 +74,10 @@ if __name__ == "__main__":
 USUAL = {"parent": 1, "lambda_": 1, "attribute": 1, "model": "torch.float32"}
 
 
-def fingerprints(folder: Path, **changed: Any) -> list[dict[str, Any]]:
+def fingerprints(folder: Path, script: str = SCRIPT, **changed: Any) -> list[dict[str, Any]]:
     """Those of the script's two embedders, taken in a process of its own."""
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(**(USUAL | changed)))
+    path.write_text(script.format(**(USUAL | changed)))
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
@@ -150,3 +150,31 @@ def test_what_refers_to_itself_is_refused() -> None:
     knot.append(knot)
     with pytest.raises(ValueError, match="refers to itself"):
         of_value(knot)
+
+
+def without_source(parent: str) -> type:
+    """A class as an interpreter's session defines it, whose methods refer to it and to its parent."""
+    names: dict[str, Any] = {}
+    exec(
+        "from embedders import ImageEmbedder\n"
+        "def make():\n"
+        "    class Mine(ImageEmbedder):\n"
+        "        def load_dataset_shard(self, tar_path): return Mine\n"
+        f"        def load_embedding_model(self, device): return super().{parent}(device)\n"
+        "    return Mine\n",
+        names,
+    )
+    return names["make"]()  # type: ignore[no-any-return]
+
+
+def test_classes_without_source_have_a_fingerprint() -> None:
+    one, same, other = (without_source(name)() for name in ("a", "a", "b"))
+    assert one.fingerprint() == same.fingerprint()
+    assert one.fingerprint() != other.fingerprint()
+
+
+def test_hiding_the_main_modules_file_changes_nothing(tmp_path: Path) -> None:
+    """As it is while worker processes start, beside which a run is planned."""
+    hidden = "    import __main__; del __main__.__file__; __main__.__spec__ = None\n    for made in"
+    usual = fingerprints(tmp_path)
+    assert fingerprints(tmp_path, SCRIPT.replace("    for made in", hidden)) == usual

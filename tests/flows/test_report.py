@@ -116,7 +116,7 @@ def test_other_peoples_images_are_opened_in_one_place() -> None:
     files = [
         file
         for folder in folders
-        for file in folder.glob("*.py")
+        for file in folder.rglob("*.py")
         if re.search(r"(?<!`PIL\.)Image\.open\(", file.read_text())
     ]
     assert {file.name for file in files} == {"images.py", "demo_data.py"}

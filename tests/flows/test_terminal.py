@@ -17,6 +17,8 @@ from tests.flows.conftest import ROOT, TINY
 SCRIPT = """
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
+from flows.progress import CONSOLE_LEVEL
+from flows.progress import CONSOLE_LEVEL
 
 embedder = TimmImageEmbedder({model!r}, pretrained=False)
 print(embed_dataset({dataset!r}, {output!r}, embedder, workers=1, device="cpu").embedded)
@@ -75,7 +77,10 @@ def test_a_script_elsewhere_is_quiet(server: str, demo_dataset: Path, tmp_path: 
     script = "import logging; logging.basicConfig(level=logging.INFO)\n"
     script += SCRIPT.format(model=TINY, dataset=str(demo_dataset), output=str(tmp_path / "out"))
     script += "logging.info('my own line')\n"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    # The command line, which other tests call in this process, leaves its own choice there.
+    unset = {name: value for name, value in os.environ.items() if name != CONSOLE_LEVEL}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=unset, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "254\n"), done.stderr
     assert [line for line in done.stderr.splitlines() if "distributed" in line or "prefect" in line.lower()] == []
     assert "my own line" in done.stderr

@@ -251,6 +251,8 @@ def test_keys_by_the_last_dot_join_their_metadata(
 class Leaves(Lengths):
     """Raises, in the engine or while its result is written, what it is given."""
 
+    execution_parameters = ImageEmbedder.execution_parameters | {"_error"}
+
     def __init__(self, where: str, error: BaseException) -> None:
         super().__init__()
         self._where, self._error = where, error

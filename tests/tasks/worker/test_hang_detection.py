@@ -130,6 +130,8 @@ def test_batches_are_progress_and_not_whole_shards(make_shard: MakeShard) -> Non
 class Hangs(ImageEmbedder):
     """Never comes back from one shard, until it is let go."""
 
+    execution_parameters = ImageEmbedder.execution_parameters | {"_go"}
+
     def __init__(self, stem: str = "1") -> None:
         self._stem = stem
         self._go = threading.Event()

@@ -41,7 +41,7 @@ def wait_until_ready(side: SidePool) -> int:
 
 @pytest.fixture(scope="module")
 def side() -> Iterator[SidePool]:
-    side = SidePool()
+    side = SidePool("tasks.index")
     yield side
     side.close()
 
@@ -157,8 +157,8 @@ def running(process: int) -> bool:
 PARENT = """
 import multiprocessing, os, sys, time
 def work():
-    from tasks.aside import SidePool
-    pool = SidePool()
+    from tasks.worker.side_process import SidePool
+    pool = SidePool("tasks.index")
     while (child := pool.call(os.getpid)) == os.getpid():
         time.sleep(0.1)
     print(os.getpid(), child, flush=True)
