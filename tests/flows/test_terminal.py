@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
+from flows.progress import CONSOLE_LEVEL
 from tests.flows.conftest import ROOT, TINY
 
 SCRIPT = """
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
-from flows.progress import CONSOLE_LEVEL
-from flows.progress import CONSOLE_LEVEL
 
 embedder = TimmImageEmbedder({model!r}, pretrained=False)
 print(embed_dataset({dataset!r}, {output!r}, embedder, workers=1, device="cpu").embedded)
