@@ -1,8 +1,6 @@
-"""What an encoded image is, told from its bytes: its size, who may decode it, and what is wrong with it.
+"""Decode encoded images with Pillow, with one kind of exception for whatever is wrong with them.
 
-`inspect` reads headers only, by content and never by name. It says for every image whether DALI's CPU decoder gives
-the very pixels of Pillow's `convert("RGB")`; what it is not sure of is Pillow's. `decode` is Pillow with one kind of
-exception.
+Every image of a dataset that Pillow opens is opened here, so formats and the pixel limit hold everywhere.
 """
 
 from __future__ import annotations

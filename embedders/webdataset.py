@@ -1,10 +1,7 @@
-"""What is in a WebDataset tar: its samples, and where in the file their components lie.
+"""An opened shard: the samples of a mapped tar as columns, with their ids and the places of their images.
 
-Only headers are read, so a shard's index costs a few milliseconds whatever its images weigh, and everything
-after it is a slice of the file. Formats read: v7, ustar, GNU (long names, base-256 sizes) and PAX, as POSIX.1-2001
-and the GNU tar manual describe them. A sample is what the WebDataset library takes it to be: the members that
-share a path up to the first dot of the file name (https://github.com/webdataset/webdataset), or on request up to the
-last one. Links within the tar stand for the members that they point to.
+Everything is a slice of the mapped file. What a sample is stands in `embedders.samples`, how a tar is read in
+`embedders.tar`.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Silent:
 
 
 class ProgressGroup:
-    """Tells all of several."""
+    """Report progress to several receivers."""
 
     def __init__(self, *all_: Progress) -> None:
         self.all = all_

@@ -1,4 +1,4 @@
-"""What a shard is: where its files lie, what identifies their content, and the record its output carries."""
+"""What a shard is: where its files lie, and what identifies the content of its tar and metadata."""
 
 from __future__ import annotations
 

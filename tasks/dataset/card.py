@@ -1,4 +1,4 @@
-"""The merged dataset as a whole: the schema all its files share, its card, and files of an even size on request."""
+"""Finish the merged dataset: write its schema and card, and remove files that another layout has left."""
 
 from __future__ import annotations
 
