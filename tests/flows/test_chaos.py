@@ -504,7 +504,7 @@ def test_outputs_damaged_between_runs(chaos: Chaos, tmp_path: Path, tell: Tell) 
         untouched = {name: stamp for name, stamp in written(output).items() if name.partition(".")[0] not in shards}
         damaged = {name: stamp for name, stamp in written(output).items() if name.partition(".")[0] in shards}
         fault = time.monotonic()
-        chaos.finish(output)
+        chaos.finish(output, *PLAIN)  # as the reference was made
         seconds = max(seconds, time.monotonic() - fault)
         assert twice(damaged, output) == SAMPLES * len(damaged), damage.__name__
         lost, again = lost + chaos.lost(output), again + twice(untouched, output)

@@ -216,7 +216,7 @@ def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_pa
         flow_run = asyncio.run(start_deployed(config))
         run = asyncio.run(finished(flow_run, 1))
         assert run.state.is_failed()
-        assert "00001.tar: cut short" in run.state.message
+        assert "00001.tar: after 32 samples: cut short" in run.state.message
         before = {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
         assert set(before) == {"00000.parquet", "00002.parquet", "00003.parquet"}
         (dataset / "00001.tar").write_bytes(whole)
