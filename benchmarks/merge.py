@@ -34,11 +34,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.throughput import run_alone
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.description import describe, footer
 from tasks.dataset.vectors import rows_a_group, vector_array, write_vectors
 from tasks.embed import versions
-from tasks.keys import digest, embedding_key
 from tasks.plan import MergeOptions, make_plan, merged_key
 from tasks.records import EmbeddingRecord, MergeRecord, with_record
 from tasks.shards import Shard, find_shards

@@ -11,7 +11,7 @@ from rich.console import Console
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
 from flows.progress import Terminal
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 
 
 class Photographed(Terminal):
@@ -21,7 +21,7 @@ class Photographed(Terminal):
         super().__init__(Console(stderr=True, highlight=False, soft_wrap=True))
         self.path = path
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count, and take the picture."""
         super().embedded(records)
         if self.pace.share >= 0.75 and self.path:

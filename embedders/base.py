@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from embedders.errors import InputError
 from embedders.fingerprint import NoFingerprint, of_classes, of_value
 from embedders.ids import canonical_id
 from embedders.quarantine import Reason, Rejected
 from embedders.webdataset import OpenShard
+
+if TYPE_CHECKING:
+    from embedders.session import Session
 
 
 class Row(NamedTuple):
@@ -68,17 +71,47 @@ class ImageEmbedder(ABC):
 
     @abstractmethod
     def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
-        """The model, on `device` ("cuda" or "cpu"): a callable from a batch to (n, dimensions) vectors."""
+        """Load the model on a device.
+
+        Args:
+            device: "cuda" or "cpu".
+
+        Returns:
+            A callable that takes a batch of n images and returns an array (n, dimensions), or a mapping of named arrays
+            (n, ...), each of which becomes a column.
+        """
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the layers that this embedder makes: the image vectors first, named by their column.
+
+        A named array of the model goes to the layer of its name, or else becomes a column of the first layer.
+        """
+        return (self.image_embedding_column,)
+
+    def open(self, device: str, images: int = 0) -> Session:
+        """Load the model and return it ready for work.
+
+        Args:
+            device: "cuda" or "cpu".
+            images: About how many images this worker will see in all, 0 if that is not known.
+        """
+        from embedders.session import Session
+
+        return Session(self, device)
 
     def __call__(self, dataset: Any) -> Any:
         """Ask a dataset to embed itself with this embedder; lazy, as the dataset decides."""
         return dataset.embed_with(self)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what the vectors depend on, as plain JSON: equal fingerprints give equal vectors.
+    def fingerprint(self, layer: str | None = None) -> dict[str, Any]:
+        """Return what a layer's values depend on, as plain JSON: equal fingerprints give equal values.
 
         It covers the source of every class between this one and ours, so whatever method they override, and every
         attribute that is not in `execution_parameters`.
+
+        Args:
+            layer: One of `layers`, by default the first.
 
         Raises:
             InputError: An attribute has no stable representation.

@@ -50,6 +50,17 @@ def of_value(value: Any, name: str = "value") -> Any:
     return first
 
 
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits that identify a plain JSON value.
+
+    Example:
+        >>> digest({"model": "resnet50"}) == digest({"model": "resnet50"})
+        True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def of_value_or_type(value: Any) -> Any:
     """Return the value's fingerprint, or the name of its type where it has none."""
     try:

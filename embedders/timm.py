@@ -191,7 +191,7 @@ class TimmImageEmbedder(ImageEmbedder):
         if self.checkpoint is not None:
             self.create_model()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, layer: str | None = None) -> dict[str, Any]:
         """Return model, weights, preprocessing, precision and normalisation, and of a subclass its code and attributes.
 
         Raises:

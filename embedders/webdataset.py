@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from embedders.ids import canonical_id
 from embedders.image_headers import ImageHeader, inspect
@@ -85,6 +86,19 @@ class OpenShard:
     def images(self) -> tuple[Component | None, ...]:
         """The image of each sample: of several the one with the extension `image_component`, None if none is chosen."""
         return tuple(_image(sample, self.image_component) for sample in self.index.samples)
+
+    @property
+    def count(self) -> int:
+        """Return the number of samples."""
+        return len(self.samples.ids)
+
+    def id_of(self, i: int) -> str:
+        """Return a sample's id."""
+        return self.samples.ids[i]
+
+    def ids_at(self, samples: np.ndarray) -> pa.Array:
+        """Return the ids of some samples, (n,) int64, as text (n,)."""
+        return pa.array([self.samples.ids[i] for i in samples.tolist()], pa.string())
 
     def member_of(self, i: int) -> str:
         """The name of a sample's image in the tar, or of its first member where no image is chosen."""

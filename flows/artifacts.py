@@ -30,7 +30,7 @@ from tasks.counted import counted
 from tasks.dataset.sampling import Pictures, sample_vectors
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 from tasks.storage.folder import Folder
 
 SECONDS = 3.0
@@ -61,7 +61,7 @@ class ProgressArtifact:
         """Note what there is to do."""
         self.pace = Pace(len(plan.to_embed), images)
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count a group of shards."""
         self.pace.count(records)
 
@@ -161,7 +161,7 @@ def _shards(manifest: Manifest, plan: Plan) -> None:
 
 
 def _quarantine(manifest: Manifest, plan: Plan) -> None:
-    rows = read_quarantine(Folder(manifest.output), QUARANTINED_SHOWN, manifest.left_out)
+    rows = read_quarantine(Folder(manifest.output), manifest.column, QUARANTINED_SHOWN, manifest.left_out)
     of = counted(manifest.quarantined, "quarantined image")
     told = f"{len(rows):,} of {of}; all are in {manifest.output}/quarantine"
     create_table_artifact(
@@ -174,10 +174,11 @@ def _quarantine(manifest: Manifest, plan: Plan) -> None:
 def _pictures(manifest: Manifest, plan: Plan) -> None:
     """One picture: a sample of what was embedded, and below it of what was quarantined and can still be shown."""
     output = Folder(manifest.output)
-    embedded = sample_vectors(output, EMBEDDED_PICTURES, np.random.default_rng(0)).places
-    bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES, manifest.left_out)]
+    embedded = sample_vectors(output, manifest.column, EMBEDDED_PICTURES, np.random.default_rng(0)).places
+    quarantined = read_quarantine(output, manifest.column, QUARANTINED_PICTURES, manifest.left_out)
+    bad = [(row["shard"], row["id"]) for row in quarantined]
     component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, manifest.output, component, limit)
+    pictures = Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
     shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
     sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
     if sheet is not None:

@@ -146,7 +146,7 @@ def embed_command(
     from flows.progress import Silent, Terminal
 
     config = EmbedConfig.of(dataset, output, model, images, table, work)
-    manifest = run(config, None, Silent() if quiet else Terminal())
+    manifest = run(config, (), Silent() if quiet else Terminal())
     if json_:
         print(json.dumps(manifest.model_dump(mode="json")))
     elif not quiet:
@@ -187,7 +187,7 @@ def _print_summary(manifest: Manifest) -> None:
         f"{counted(manifest.samples, 'sample')} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined"
         + (f" ({reasons})" if reasons else "")
     )
-    for row in read_quarantine(Folder(manifest.output), QUARANTINE_SHOWN, manifest.left_out):
+    for row in read_quarantine(Folder(manifest.output), manifest.column, QUARANTINE_SHOWN, manifest.left_out):
         console.print(f"  quarantined: {row['shard']}.tar {row['member']}: {row['reason']} ({row['detail']})")
     if manifest.ignored:
         examples = ", ".join(manifest.ignored_examples)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tasks.counted import counted
 from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 
 RECENT = 60.0
 """Seconds that "now" looks back."""
@@ -37,7 +37,7 @@ class Progress(Protocol):
     def found(self, plan: Plan, images: int = 0) -> None:
         """The plan before the work; about how many images there are to embed, 0 if nobody knows."""
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """A group of shards is through."""
 
     def __enter__(self) -> Self: ...
@@ -56,7 +56,7 @@ class Silent:
     def found(self, plan: Plan, images: int = 0) -> None:
         """Nothing."""
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Nothing."""
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class ProgressGroup:
         for progress in self.all:
             progress.found(plan, images)
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Pass it on."""
         for progress in self.all:
             progress.embedded(records)
@@ -114,7 +114,7 @@ class Pace:
     """When the first shard was begun and the last one ended: a rate does not include the start of the workers."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def count(self, records: Sequence[EmbeddingRecord]) -> None:
+    def count(self, records: Sequence[LayerRecord]) -> None:
         """A group of shards is through."""
         self.shards += len(records)
         self.images += sum(record.samples for record in records)
@@ -188,7 +188,7 @@ class Terminal:
             return
         self.console.print(f"{counted(len(plan.shards), 'shard')}: {total:,} to embed, {done:,} done already")
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count a group of shards."""
         pace = self.pace
         pace.count(records)
@@ -230,7 +230,7 @@ class Notebook(Terminal):
         super().__init__(console)
         self._output: Any = None
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count a group of shards, and show it."""
         from IPython.display import HTML, display
 

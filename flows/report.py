@@ -17,7 +17,7 @@ from flows.errors import one_line
 from tasks.counted import counted
 from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
-from tasks.records import EmbeddingRecord, embedding_record, read_footers
+from tasks.records import LayerRecord, layer_record, read_footers
 from tasks.storage.folder import Folder, writing
 from tasks.vector_checks import measure_vectors
 
@@ -64,14 +64,14 @@ def write_report(
     folder = Folder(output)
     manifest = read_manifest(output, dataset)
     generator = np.random.default_rng(seed)
-    sampled = sample_vectors(folder, VECTORS, generator)
+    sampled = sample_vectors(folder, manifest.column, VECTORS, generator)
     component = manifest.embedder.get("image_component")
     limit = manifest.embedder.get("max_pixels")
-    pictures = Pictures(manifest.dataset, output, component, limit) if manifest.dataset else None
-    parts = [_facts(manifest, sampled), _throughput(folder)]
+    pictures = Pictures(manifest.dataset, output, manifest.column, component, limit) if manifest.dataset else None
+    parts = [_facts(manifest, sampled), _layers(manifest), _throughput(folder, manifest.column)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]
-    parts.append(_quarantine(folder, pictures, manifest.left_out))
+    parts.append(_quarantine(folder, manifest.column, pictures, manifest.left_out))
     if pictures and pictures.missing:
         parts.insert(1, f"<p class=wrong>{_text(pictures.missing[0].upper() + pictures.missing[1:])}</p>")
         note(f"warning: {pictures.missing}")
@@ -101,7 +101,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "versions": manifest.versions,
     }
     rows = "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items())
-    links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "embeddings/", "quarantine/"))
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "layers/", "quarantine/"))
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
@@ -110,17 +110,31 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
 
 
+def _layers(manifest: Manifest) -> str:
+    """The account of each layer, if there are several."""
+    if len(manifest.layers) < 2:
+        return ""
+    rows = "".join(
+        f"<tr><th>{_text(name)}<td>{_text(layer.made_of.get('model') or layer.made_of.get('embedder') or '')}"
+        f"<td>{layer.samples:,}<td>{layer.embedded:,}<td>{layer.quarantined:,}"
+        f"<td>{_text({name: (it['dtype'], *it['shape']) for name, it in layer.columns.items()})}"
+        for name, layer in manifest.layers.items()
+    )
+    head = "".join(f"<th>{name}" for name in ("layer", "model", "samples", "embedded", "quarantined", "columns"))
+    return f"<h2>Layers</h2><table><tr>{head}{rows}</table>"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{name} {it}" for name, it in value.items())
     return html.escape(str(value))
 
 
-def _throughput(folder: Folder) -> str:
+def _throughput(folder: Folder, layer: str) -> str:
     """Images a second over time by worker, from the times in the footers."""
-    embeddings = Folder(f"{folder.url.rstrip('/')}/embeddings")
-    footers = read_footers(embeddings, embeddings.list(".parquet"))
-    records = [record for _, footer in footers if (record := embedding_record(footer)) and record.work]
+    files = Folder(folder.place(f"layers/{layer}"))
+    footers = read_footers(files, files.list(".parquet"))
+    records = [record for _, footer in footers if (record := layer_record(footer)) and record.work]
     if not records:
         return ""
     began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)
@@ -140,7 +154,7 @@ def _throughput(folder: Folder) -> str:
 STAGES = ("read", "decode", "model", "write")
 
 
-def _stages(records: Sequence[EmbeddingRecord]) -> str:
+def _stages(records: Sequence[LayerRecord]) -> str:
     """What each worker's time went to. Stages run side by side: the longest one is what the others wait for."""
     rows = []
     for worker in sorted({record.worker for record in records}):
@@ -155,7 +169,7 @@ def _stages(records: Sequence[EmbeddingRecord]) -> str:
     return f"<h3>Where the time went</h3><table><tr><th>worker{head}{''.join(rows)}</table>"
 
 
-def _rate(record: EmbeddingRecord, edges: np.ndarray) -> np.ndarray:
+def _rate(record: LayerRecord, edges: np.ndarray) -> np.ndarray:
     """A shard's images a second in each bin, spread evenly over the time that it was in work."""
     start, stop = record.work["began"], max(record.work["ended"], record.work["began"] + 0.01)
     inside = np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
@@ -248,8 +262,8 @@ def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
     return found
 
 
-def _quarantine(folder: Folder, pictures: Pictures | None, left_out: Collection[str]) -> str:
-    rows = read_quarantine(folder, QUARANTINED, left_out)
+def _quarantine(folder: Folder, layer: str, pictures: Pictures | None, left_out: Collection[str]) -> str:
+    rows = read_quarantine(folder, layer, QUARANTINED, left_out)
     if not rows:
         return ""
     urls = pictures.of([(row["shard"], row["id"]) for row in rows], 96) if pictures else {}

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from embedders import ImageEmbedder, TimmImageEmbedder
-from embedders.engine import Engine
+from embedders.engine import Engine, Rows
 from embedders.errors import InputError, MalformedShard
+from embedders.fingerprint import digest
 from embedders.samples import chosen_extensions
 from embedders.webdataset import open_shard
 from embedders.weights import RANDOM, cached_hub, is_of_hub
@@ -29,7 +30,6 @@ from flows.errors import one_line
 from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
 from tasks.dataset.sampling import Pictures, data_url
 from tasks.embed import resolve_device
-from tasks.keys import digest
 from tasks.manifest import Manifest, read_manifest
 from tasks.storage.folder import Folder, parted, writing
 
@@ -98,11 +98,11 @@ def search(
         query, wanted = embed_query(image, manifest, checkpoint, embedder), digest(manifest.embedder)
     else:
         assert id is not None
-        query, wanted, shown = find_vector(folder, id), None, None
-    found = nearest(folder, query, count, wanted)
+        query, wanted, shown = find_vector(folder, manifest.column, id), None, None
+    found = nearest(folder, manifest.column, query, count, wanted)
     rows = read_rows([Folder(manifest.metadata), Folder(folder.place("merged"))], found, manifest.id_col)
     component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, output, component, limit)
+    pictures = Pictures(manifest.dataset, output, manifest.column, component, limit)
     places = [one.place for one in found]
     lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
     show(lines)
@@ -224,11 +224,15 @@ def embed_image(image: str | Path, embedder: ImageEmbedder) -> np.ndarray:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
         shard = open_shard(path, image_component=embedder.image_component)
-        (embedded,) = Engine(embedder, resolve_device("auto")).embed([shard])
-    if not embedded.ids:
-        bad = embedded.quarantined[0]
-        raise InputError(f"{image}: cannot be embedded: {bad.reason} ({bad.detail})")
-    return np.array(embedded.vectors[0])
+        session = embedder.open(resolve_device("auto"))
+        results = list(Engine([session]).embed([shard]))
+    for found in results:
+        if isinstance(found, Rows):
+            return np.array(found.columns[embedder.image_embedding_column][0])
+        if found.quarantined[0]:
+            bad = found.quarantined[0][0]
+            raise InputError(f"{image}: cannot be embedded: {bad.reason} ({bad.detail})")
+    raise InputError(f"{image}: the embedder gave no vector for it")
 
 
 def _columns(rows: Mapping[tuple[str, str], Mapping[str, Any]], asked: Sequence[str]) -> Sequence[str]:

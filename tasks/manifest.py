@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,11 +16,10 @@ from embedders.errors import InputError
 from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import MISMATCH_WARNED
-from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.plan import Layer, Plan
 from tasks.relocation import as_stored, find_places
 from tasks.retries import ShardFailure
-from tasks.shards import UNMATCHED
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
 from tasks.vector_checks import check_vectors
 
@@ -42,8 +41,26 @@ class Timing:
     working: float = 0.0
 
 
+class LayerAccount(BaseModel):
+    """The account of one layer, over all shards that have it: samples = embedded + quarantined."""
+
+    shards: int
+    samples: int
+    embedded: int
+    quarantined: int
+    quarantined_by_reason: dict[str, int] = {}
+    rows: int = Field(0, description="Rows of its files; more than embedded if a sample has several.")
+    columns: dict[str, Any] = Field({}, description="Type and shape of each column.")
+    made_of: dict[str, Any] = Field({}, description="What its values depend on.")
+    decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
+    computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
+
+
 class Manifest(BaseModel):
-    """What a run did and what the output holds. Counts are of samples unless they say shards."""
+    """What a run did and what the output holds. Counts are of samples unless they say shards.
+
+    Those of samples are of the first layer that the run was asked for; `layers` has all.
+    """
 
     samples: int = Field(description="Samples in the shards that are done.")
     embedded: int
@@ -63,6 +80,8 @@ class Manifest(BaseModel):
     dimensions: int
     model: str
     output: str
+    column: str = Field("", description="The column of vectors, of the first layer that the run was asked for.")
+    layers: dict[str, LayerAccount] = Field({}, description="The account of each layer of the output.")
     metadata: str = Field("", description="The folder with the merged dataset.")
     dataset: str = ""
     checkpoint: str = Field("", description="The weights file that the run was given.")
@@ -100,21 +119,25 @@ def account(
     plan: Plan,
     cached: int,
     failures: Sequence[ShardFailure],
-    embedder: Mapping[str, Any],
     spent: Timing,
     fresh: int,
     finish_with: str = "",
     max_quarantined: float | None = None,
     checkpoint: str | None = None,
 ) -> Manifest:
-    """The manifest of a plan read after the work.
+    """Return the manifest of a plan read after the work.
 
-    :param cached: shards that were done before.
-    :param fresh: samples embedded or quarantined by this run.
-    :param finish_with: the call that does what failed.
-    :param max_quarantined: the share of samples that may be in quarantine, None for any.
-    :param checkpoint: the weights file that the embedder was given.
+    Args:
+        plan: What the output holds.
+        cached: Shards that were done before.
+        failures: Of the shards that failed.
+        spent: Seconds.
+        fresh: Samples embedded or quarantined by this run.
+        finish_with: The call that does what failed.
+        max_quarantined: The share of samples that may be in quarantine, None for any.
+        checkpoint: The weights file that the embedder was given.
     """
+    embedder = plan.main.made_of
     records, merges = list(plan.embedded.values()), list(plan.merged.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     return Manifest(
@@ -131,6 +154,8 @@ def account(
         dimensions=max((record.dimensions for record in records), default=0),
         model=str(embedder.get("model", embedder.get("embedder", ""))),
         output=plan.shards[0].output,
+        column=plan.main.name,
+        layers={layer.name: layer_account(layer) for layer in plan.layers},
         metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
         dataset=plan.shards[0].dataset,
         checkpoint=checkpoint or "",
@@ -144,7 +169,7 @@ def account(
         embeddings_without_row=sum(record.embeddings_without_row for record in merges),
         ignored=sum(record.ignored for record in records),
         ignored_examples=_ignored_examples(plan),
-        over_limit=over_limit(records, max_quarantined),
+        over_limit="; ".join(filter(None, (over_limit(layer, max_quarantined) for layer in plan.asked))),
         warnings=warnings(plan),
         failures={failure.shard: failure.error for failure in failures},
         finish_with=finish_with if failures else "",
@@ -152,19 +177,61 @@ def account(
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         computed=dict(Counter(record.computed for record in records if record.computed)),
         versions=records[0].versions if records else {},
-        wrong=check_vectors(plan.embedded, embedder),
+        wrong=[line for layer in plan.asked for line in _wrong(layer, plan)],
     )
 
 
+def layer_account(layer: Layer) -> LayerAccount:
+    """Return the account of a layer."""
+    records = list(layer.records.values())
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    columns = {name: asdict(column) for record in records for name, column in record.columns.items()}
+    return LayerAccount(
+        shards=len(records),
+        samples=sum(record.samples for record in records),
+        embedded=sum(record.embedded for record in records),
+        quarantined=reasons.total(),
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        rows=sum(record.rows for record in records),
+        columns=columns,
+        made_of=dict(layer.made_of),
+        decoders=dict(Counter(record.decoder for record in records if record.decoder)),
+        computed=dict(Counter(record.computed for record in records if record.computed)),
+    )
+
+
+def _wrong(layer: Layer, plan: Plan) -> list[str]:
+    """Return what is wrong with a layer's vectors as a whole; which layer it is, if there are several."""
+    lines = check_vectors(layer.records, layer.made_of)
+    return lines if len(plan.asked) == 1 else [f"{layer.name}: {line}" for line in lines]
+
+
 def warnings(plan: Plan) -> list[str]:
-    """What a person should look at: a large quarantine, doubtful tars, shards that have gone, ids without a partner."""
-    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_mismatch(plan)]
+    """Return what a person should look at.
+
+    A large quarantine, doubtful tars, shards that have gone, layers that lack shards, ids without a partner.
+    """
+    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_incomplete(plan), *_mismatch(plan)]
 
 
-def over_limit(records: Sequence[EmbeddingRecord], limit: float | None) -> str:
-    """By how much the quarantine exceeds the share of samples that it may hold; empty if it does not."""
-    samples = sum(record.samples for record in records)
-    bad = samples - sum(record.embedded for record in records)
+def _incomplete(plan: Plan) -> list[str]:
+    """Return a line for each earlier layer that lacks shards: its columns are null there."""
+    found = []
+    for layer in plan.layers:
+        lacking = [name for name in plan.embedded if name not in layer.records]
+        if not layer.asked and lacking:
+            shards = f"{counted(len(lacking), 'shard')}, such as {', '.join(lacking[:EXAMPLES])}"
+            found.append(
+                f"layer {layer.name} is missing or older than its tar in {shards}; its columns are null there; "
+                "the command that made it does what is missing"
+            )
+    return found
+
+
+def over_limit(layer: Layer, limit: float | None) -> str:
+    """Return by how much a layer's quarantine exceeds the share of samples it may hold; empty if it does not."""
+    samples = sum(record.samples for record in layer.records.values())
+    bad = samples - sum(record.embedded for record in layer.records.values())
     if limit is None or bad <= limit * samples:
         return ""
     return f"{bad:,} of {samples:,} samples ({bad / samples:.1%}) are quarantined, more than {100 * limit:.4g}%"
@@ -187,7 +254,7 @@ def _quarantined(plan: Plan) -> list[str]:
     head = "NOTHING WAS EMBEDDED" if not embedded else f"{much} OF THE SAMPLES ARE QUARANTINED"
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     (reason, count), *_ = reasons.most_common(1)
-    listed = "quarantine/*.parquet lists them with details"
+    listed = f"quarantine/{plan.main.name}/*.parquet lists them with details"
     return [f"{head}: {bad:,} of {samples:,}, {count:,} of them {reason}; {listed}"]
 
 
@@ -233,7 +300,7 @@ def _mismatch(plan: Plan) -> list[str]:
     if not found:
         return []
     examples = [f"{example!r} ({name})" for name, record in plan.merged.items() for example in record.examples[:1]]
-    listed = "quarantine/*.unmatched.parquet lists them"
+    listed = "unmatched/*.parquet lists them"
     return [f"{', '.join(found)}, such as {', '.join(examples[:3])}; check --id-col; {listed}"]
 
 
@@ -261,18 +328,24 @@ def read_manifest(output: str, dataset: str | None = None) -> Manifest:
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
 
 
-def read_quarantine(output: Folder, limit: int = 20, left_out: Collection[str] = ()) -> list[dict[str, str]]:
-    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left.
+def read_quarantine(
+    output: Folder, layer: str, limit: int = 20, left_out: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """Return the first quarantined samples of a layer: shard, id, member, reason, detail.
 
-    :param left_out: shards whose rows are an earlier run's; see `Manifest`.
+    Args:
+        output: The output.
+        layer: The layer's name.
+        limit: How many at most.
+        left_out: Shards whose rows are an earlier run's; see `Manifest`.
     """
     rows: list[dict[str, str]] = []
-    folder = Folder(f"{output.url.rstrip('/')}/quarantine")
+    folder = Folder(output.place(f"quarantine/{layer}"))
     for found in folder.list(".parquet"):
         shard = found.name.removesuffix(".parquet")
-        if found.name.endswith(UNMATCHED) or shard in left_out:
+        if shard in left_out:
             continue
-        with folder.open(found.name) as file:
+        with arrow_file(folder, found.name) as file:
             # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
             # and abort the process.
             rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]

@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from embedders.fingerprint import digest
 from tasks.dataset.metadata import conform
 from tasks.dataset.schema import UNIFIED, metadata_folder
-from tasks.dataset.vectors import rows_a_group, write_groups
-from tasks.keys import digest
-from tasks.merge import arrow_file
+from tasks.dataset.vectors import rows_per_group, write_groups
+from tasks.layer_rows import row_bytes
 from tasks.plan import MergeOptions, Plan
 from tasks.records import PartRecord, read_part_record, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder, in_bulk
 
 TASKS = 64
@@ -95,7 +96,7 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
 
     :param schema: of the whole dataset.
     """
-    merged, size = Folder(f"{output.rstrip('/')}/merged"), rows_a_group(options.dimensions)
+    merged, size = Folder(f"{output.rstrip('/')}/merged"), rows_per_group(row_bytes(options))
     record = PartRecord(part.key, part.rows)
     kept = {name: value for name, value in (schema.metadata or {}).items() if name != UNIFIED}
     schema = with_record(schema.with_metadata(kept), record)
@@ -103,7 +104,8 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
     def save(path: str) -> None:
         pieces = (table for piece in part.slices for table in _read_slice(merged, *piece))
         tables = _even(pieces, schema, options, size)
-        write_groups(schema, tables, path, options.column, size, options.form.encoding)
+        vectors = [column.name for column in options.columns if column.shape]
+        write_groups(schema, tables, path, vectors, size, options.form.encoding)
 
     metadata_folder(output).write(part.name, save)
 

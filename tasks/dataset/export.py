@@ -24,7 +24,7 @@ from tasks.dataset.description import DESCRIPTION
 from tasks.dataset.schema import read_schema
 from tasks.dataset.vectors import VectorFormat, vector_array
 from tasks.manifest import MANIFEST
-from tasks.merge import arrow_file
+from tasks.storage.arrow_file import arrow_file
 from tasks.relocation import find_places, missing_dataset
 from tasks.storage.durable import publish
 from tasks.storage.folder import Folder
@@ -61,19 +61,21 @@ class Exported:
     dimensions: int
 
     @classmethod
-    def open(cls, output: str, dataset: str | None = None) -> Exported:
+    def open(cls, output: str, dataset: str | None = None, column: str | None = None) -> Exported:
         """Find the dataset of an output, from the footers of its files.
 
         :param dataset: where the tars are, if they are not where the manifest says.
-        :raises InputError: there is none, or it has no row.
+        :param column: the column of vectors, by default that of the last run.
+        :raises InputError: there is none, it has no row, or no such column.
         """
+        column = column or _stored(output).get("column")
         folder = Folder(_dataset_folder(output, dataset))
         files = tuple(file.name for file in folder.list(".parquet"))
         rows, described = 0, None
         for name in files:
             with arrow_file(folder, name) as file:
                 footer = pq.read_metadata(file)
-            told = json.loads((footer.metadata or {}).get(DESCRIPTION, b"null"))
+            told = _described(footer, column)
             if told is None:
                 raise InputError(f"{folder.url}/{name}: has no embeddings by shard-embed; run flows.embed first")
             rows += footer.num_rows
@@ -122,6 +124,22 @@ class Exported:
         except (pa.ArrowException, ValueError) as error:
             raise InputError(f"{self.folder.url}/{name}: its columns are not those of the other files") from error
         return Batch(metadata, vectors.reshape(len(table), self.dimensions))
+
+
+def _described(footer: pq.FileMetaData, column: str | None) -> dict[str, Any] | None:
+    """What a footer says of a column of vectors, by default the first."""
+    described = json.loads((footer.metadata or {}).get(DESCRIPTION, b"[]"))
+    vectors = (it for it in described if it["dimensions"] and column in (None, it["column"]))
+    return next(vectors, None) or next((it for it in described if column in (None, it["column"])), None)
+
+
+def _stored(output: str) -> dict[str, Any]:
+    """What the manifest of an output says, as it is; nothing if there is none."""
+    text = Folder(output).read_text(MANIFEST)
+    with contextlib.suppress(ValueError):
+        stored = json.loads(text) if text else {}
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def _dataset_folder(output: str, dataset: str | None) -> str:

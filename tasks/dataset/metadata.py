@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,22 +169,22 @@ def has_empty_struct(kind: pa.DataType) -> bool:
 # --- columns that can be carried through ------------------------------------------------------------------------------
 
 
-def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
+def usable_schema(shard: Shard, id_col: str, columns: Collection[str]) -> pa.Schema:
     """Return the schema of the Parquet beside a shard's tar, in plain types, from its footer.
 
     Args:
         shard: It has such a Parquet.
         id_col: The column with the ids.
-        column: The embedding column that is to come.
+        columns: The names of the layers' columns that are to come.
 
     Raises:
         InputError: The file does not open or lacks the id column, two columns have one name, a column of the user's
-            own has the embedding column's name, or a column's type cannot be written.
+            own has the name of one to come, or a column's type cannot be written.
     """
     where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
         schema = parquet.schema_arrow
-    check_columns(schema, where, column)
+    check_columns(schema, where, columns)
     for field in schema:
         if why := refused_by_arrow(field):
             raise InputError(
@@ -194,8 +194,13 @@ def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
     return plain_schema(schema.remove_metadata())
 
 
-def check_columns(schema: pa.Schema, where: str, column: str) -> None:
-    """Refuse columns that would be lost: of two that have one name, and one that has the embedding column's.
+def check_columns(schema: pa.Schema, where: str, columns: Collection[str]) -> None:
+    """Refuse columns that would be lost: of two that have one name, and one that has the name of a layer's column.
+
+    Args:
+        schema: Of the user's metadata.
+        where: How messages name it.
+        columns: The names of the layers' columns.
 
     Raises:
         InputError: There is such a column, and no record in the footer that this program wrote it.
@@ -203,15 +208,15 @@ def check_columns(schema: pa.Schema, where: str, column: str) -> None:
     for name, count in Counter(schema.names).items():
         if count > 1:
             raise InputError(f"{where}: {count} columns are called {name!r}; rename all but one")
-    if column in schema.names and column not in columns_made(schema):
+    for name in sorted(set(columns).intersection(schema.names) - columns_made(schema)):
         raise InputError(
-            f"{where}: has a column {column!r} that shard-embed did not write, and would replace; "
+            f"{where}: has a column {name!r} that shard-embed did not write, and would replace; "
             "give another --image-embedding-column, or rename it"
         )
 
 
-def check_json_members(shard: Shard, id_col: str, column: str) -> None:
-    """Refuse a tar whose first json member has the embedding column's name as a key.
+def check_json_members(shard: Shard, id_col: str, columns: Collection[str]) -> None:
+    """Refuse a tar whose first json member has the name of a layer's column as a key.
 
     Raises:
         InputError: It has; the column would be lost in the merge.
@@ -220,7 +225,7 @@ def check_json_members(shard: Shard, id_col: str, column: str) -> None:
         opened = open_shard(path, id_col)
         rows = (sample_json(sample, opened.data) for sample in opened.index.samples)
         names = list(next((row for row in rows if row), {}))
-    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), column)
+    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), columns)
 
 
 def json_members(shard: Shard) -> str:
@@ -231,25 +236,27 @@ def json_members(shard: Shard) -> str:
 # --- one schema -------------------------------------------------------------------------------------------------------
 
 
-def unified_schema(shards: Sequence[Shard], id_col: str, column: str, held: pa.Schema | None = None) -> pa.Schema:
+def unified_schema(
+    shards: Sequence[Shard], id_col: str, columns: Collection[str], held: pa.Schema | None = None
+) -> pa.Schema:
     """The schema that the metadata of all these shards has in common, from the footers of their Parquets.
 
     A column that some lack is null there; an int that is a float elsewhere is a float; ids of several types are text.
 
-    :param column: the embedding column, which is none of the metadata.
+    :param columns: the names of the layers' columns, which are none of the metadata.
     :param held: the schema of what is merged already and stays.
     :raises InputError: a column's types cannot be one, or a Parquet does not open or lacks the id column.
     """
 
     def schema_of(shard: Shard) -> pa.Schema:
-        return usable_schema(shard, id_col, column)
+        return usable_schema(shard, id_col, columns)
 
     described = [shard for shard in shards if shard.metadata is not None]
     distinct: dict[str, tuple[pa.Schema, str]] = {}
     if held is not None:
         distinct[str(held)] = held, "what is merged already"
     for shard, schema in zip(described, in_bulk(schema_of, described), strict=True):
-        schema = pa.schema([field for field in schema if field.name != column])
+        schema = pa.schema([field for field in schema if field.name not in columns])
         distinct.setdefault(str(schema), (schema, f"{shard.dataset}/{shard.metadata}"))
     if not distinct:
         return pa.schema([])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from embedders.errors import InputError
 from tasks.dataset.ids import canonical_ids
-from tasks.records import embedding_record
+from tasks.records import layer_record
 from tasks.storage.folder import Folder
 
 
@@ -33,34 +33,34 @@ class Found:
         return self.shard, self.id
 
 
-def find_vector(output: Folder, sample_id: str) -> np.ndarray:
+def find_vector(output: Folder, layer: str, sample_id: str) -> np.ndarray:
     """The vector of a sample, (dimensions,) float32; the first one where several shards have the id.
 
     :raises InputError: no shard has it.
     """
-    for _, parquet in _files(output):
+    for _, parquet in _files(output, layer):
         for group in range(parquet.num_row_groups):
             ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
             if sample_id in ids:
-                return _matrix(parquet, group)[ids.index(sample_id)]
+                return _matrix(parquet, layer, group)[ids.index(sample_id)]
     raise InputError(f"{output.url}: no embedded sample has the id {sample_id!r}; quarantined ones have no vector")
 
 
-def nearest(output: Folder, query: np.ndarray, count: int, embedder: str | None = None) -> list[Found]:
+def nearest(output: Folder, layer: str, query: np.ndarray, count: int, recipe: str | None = None) -> list[Found]:
     """The samples whose vectors have the highest cosine to a query, the best first; all vectors are read once.
 
     :param query: (dimensions,) float32.
-    :param embedder: digest of the embedder's fingerprint that gave the query.
+    :param recipe: digest of the fingerprint of what gave the query.
     :raises InputError: vectors of another embedder or of other dimensions, or none at all.
     """
     best: list[Found] = []
     unit = query / max(float(np.linalg.norm(query)), 1e-30)
-    for shard, parquet in _files(output):
-        record = embedding_record(parquet.metadata)
-        if embedder is not None and (record is None or record.embedder != embedder):
-            raise InputError(f"{output.url}/embeddings/{shard}.parquet: by another embedder; run flows.embed again")
+    for shard, parquet in _files(output, layer):
+        record = layer_record(parquet.metadata)
+        if recipe is not None and (record is None or record.recipe != recipe):
+            raise InputError(f"{output.url}/layers/{layer}/{shard}.parquet: by another model; run flows.embed again")
         for group in range(parquet.num_row_groups):
-            vectors = _matrix(parquet, group)
+            vectors = _matrix(parquet, layer, group)
             if not vectors.size:
                 continue
             if vectors.shape[1] != len(unit):
@@ -132,16 +132,16 @@ def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float]
     return found[0].tolist(), numbers[0].tolist()
 
 
-def _files(output: Folder) -> Iterator[tuple[str, pq.ParquetFile]]:
-    """The embeddings file of each shard, open."""
-    folder = Folder(f"{output.url.rstrip('/')}/embeddings")
+def _files(output: Folder, layer: str) -> Iterator[tuple[str, pq.ParquetFile]]:
+    """The layer file of each shard, open."""
+    folder = Folder(output.place(f"layers/{layer}"))
     for file in folder.list(".parquet"):
         with folder.open(file.name) as opened:
             yield file.name.removesuffix(".parquet"), pq.ParquetFile(opened, pre_buffer=False)
 
 
-def _matrix(parquet: pq.ParquetFile, group: int) -> np.ndarray:
+def _matrix(parquet: pq.ParquetFile, layer: str, group: int) -> np.ndarray:
     """The vectors of a row group, (rows, dimensions) float32."""
-    column = parquet.read_row_group(group, columns=[parquet.schema_arrow.names[1]], use_threads=False).column(0)
+    column = parquet.read_row_group(group, columns=[layer], use_threads=False).column(0)
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(values, np.float32).reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

@@ -22,6 +22,7 @@ from embedders.samples import Component
 from embedders.tar import map_tar, read_tar
 from embedders.tar_index import parse_index
 from tasks.counted import counted
+from tasks.records import layer_record
 from tasks.relocation import missing_dataset
 from tasks.storage.folder import Folder
 from tasks.storage.remote import one_line
@@ -40,9 +41,9 @@ class Sampled:
     places: tuple[tuple[str, str], ...]
 
 
-def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -> Sampled:
-    """Up to `count` rows of one row group each of up to `SHARDS` shards, without repetition."""
-    folder = Folder(f"{output.url.rstrip('/')}/embeddings")
+def sample_vectors(output: Folder, layer: str, count: int, generator: np.random.Generator) -> Sampled:
+    """Up to `count` rows of a layer, of one row group each of up to `SHARDS` shards, without repetition."""
+    folder = Folder(output.place(f"layers/{layer}"))
     files = folder.list(".parquet")
     chosen = sorted(generator.permutation(len(files))[:SHARDS].tolist())
     vectors: list[np.ndarray] = []
@@ -55,7 +56,7 @@ def sample_vectors(output: Folder, count: int, generator: np.random.Generator) -
             group = int(generator.integers(parquet.num_row_groups))
             table = parquet.read_row_group(group, use_threads=False)  # see `tasks.manifest.read_quarantine`
         rows = np.sort(generator.permutation(len(table))[: -(-(count - len(places)) // left)])
-        matrix = table.column(1).combine_chunks().values.to_numpy().reshape(len(table), -1)
+        matrix = table.column(layer).combine_chunks().values.to_numpy().reshape(len(table), -1)
         vectors.append(np.asarray(matrix[rows], np.float32))
         ids = table.column(0).to_pylist()
         places += [(files[number].name.removesuffix(".parquet"), ids[row]) for row in rows]
@@ -70,9 +71,14 @@ class Pictures:
     """
 
     def __init__(
-        self, dataset: str, output: str, image_component: str | None = None, max_pixels: int | None = None
+        self,
+        dataset: str,
+        output: str,
+        layer: str,
+        image_component: str | None = None,
+        max_pixels: int | None = None,
     ) -> None:
-        self.source, self.output, self.component = Folder(dataset), Folder(output), image_component
+        self.source, self.output, self.layer, self.component = Folder(dataset), Folder(output), layer, image_component
         self.max_pixels = max_pixels or MAX_PIXELS
         self.lost: dict[str, str] = {}
 
@@ -131,8 +137,12 @@ class Pictures:
         if index is None:
             raise MalformedShard(f"{tar.name}: no index of it as it is now")
         bad = self._quarantined(shard)
-        with self.output.open(f"embeddings/{shard}.parquet") as file:
-            ids = pq.ParquetFile(file).read(columns=["id"], use_threads=False).column(0).to_pylist()
+        with self.output.open(f"layers/{self.layer}/{shard}.parquet") as file:
+            parquet = pq.ParquetFile(file)
+            ids = parquet.read(columns=["id"], use_threads=False).column(0).to_pylist()
+        record = layer_record(parquet.metadata)
+        if record is None or not record.in_order:
+            raise MalformedShard(f"{tar.name}: its vectors are not in the order of the tar")
         good, found = [], {}
         for sample in index.samples:
             images = sample.images(self.component)
@@ -148,7 +158,7 @@ class Pictures:
 
     def _quarantined(self, shard: str) -> dict[str, str]:
         """Ids of quarantined samples by member."""
-        name = f"quarantine/{shard}.parquet"
+        name = f"quarantine/{self.layer}/{shard}.parquet"
         if not self.output.has(name):
             return {}
         with self.output.open(name) as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from embedders.errors import MalformedShard
 
 GROUP_BYTES = 8 << 20
 """Bytes of vectors in a row group: what a reader and a writer hold at once, large enough for a request to a store."""
+LARGEST_GROUP_BYTES = 64 << 20
+"""A row group may take this much before it gets fewer rows than `SMALLEST_GROUP`."""
 READ_BYTES = 1 << 20
 SMALLEST_GROUP, LARGEST_GROUP = 1024, 1 << 17
 """Rows of a row group, whatever the dimensions; DuckDB scans groups of 122,880 best."""
@@ -44,12 +46,14 @@ class VectorFormat:
 
 
 PLAIN = VectorFormat()
-"""What embeddings files hold."""
+"""What layer files hold."""
 
 
-def rows_a_group(dimensions: int) -> int:
-    """Rows of a Parquet row group."""
-    return int(np.clip(GROUP_BYTES // (4 * max(dimensions, 1)), SMALLEST_GROUP, LARGEST_GROUP))
+def rows_per_group(row_bytes: int) -> int:
+    """Return the rows of a Parquet row group, for rows of `row_bytes` bytes of vectors."""
+    row_bytes = max(row_bytes, 1)
+    smallest = int(np.clip(LARGEST_GROUP_BYTES // row_bytes, 1, SMALLEST_GROUP))
+    return int(np.clip(GROUP_BYTES // row_bytes, smallest, LARGEST_GROUP))
 
 
 def vector_array(vectors: np.ndarray, valid: np.ndarray | None = None, form: VectorFormat = PLAIN) -> pa.Array:
@@ -127,32 +131,42 @@ _kept = threading.local()
 
 def write_vectors(table: pa.Table, path: str, column: str, encoding: str = "plain") -> None:
     """Write a table whose `column` holds vectors."""
-    write_groups(table.schema, [table], path, column, rows_a_group(_dimensions(table, column)), encoding)
+    write_groups(table.schema, [table], path, [column], rows_per_group(4 * _dimensions(table, column)), encoding)
 
 
 def write_groups(
-    schema: pa.Schema, tables: Iterable[pa.Table], path: str, column: str, rows: int, encoding: str = "plain"
+    schema: pa.Schema,
+    tables: Iterable[pa.Table],
+    path: str,
+    vectors: Collection[str],
+    rows: int,
+    encoding: str = "plain",
 ) -> None:
-    """Write tables one after the other, each as row groups of at most `rows`.
-
-    Floats do not compress and need no dictionary or statistics, unless their bytes are split into streams; the other
-    columns are compressed with zstd. Pages carry checksums.
-    """
-    options = _options(schema, column, encoding)
-    with pq.ParquetWriter(path, schema, **options) as writer:
+    """Write tables one after the other, each as row groups of at most `rows`; see `parquet_options`."""
+    with pq.ParquetWriter(path, schema, **parquet_options(schema, vectors, encoding)) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=rows)
 
 
-def _options(schema: pa.Schema, column: str, encoding: str) -> dict[str, Any]:
-    leaves = _leaves(schema)
-    at = len(_leaves(pa.schema(list(schema)[: schema.get_field_index(column)])))
-    leaf, others = leaves[at], [*leaves[:at], *leaves[at + 1 :]]
+def parquet_options(schema: pa.Schema, vectors: Collection[str], encoding: str = "plain") -> dict[str, Any]:
+    """Return how a ParquetWriter writes a schema.
+
+    Floats do not compress and need no dictionary or statistics, unless their bytes are split into streams; the other
+    columns are compressed with zstd. Pages carry checksums.
+
+    Args:
+        schema: Of what is written.
+        vectors: The names of the columns that hold vectors.
+        encoding: Of their values, "plain" or "byte_stream_split".
+    """
+    leaves = [(field.name, leaf) for field in schema for leaf in _leaves(pa.schema([field]))]
+    ours = [leaf for name, leaf in leaves if name in vectors]
+    others = [leaf for name, leaf in leaves if name not in vectors]
     split = encoding == "byte_stream_split"
     return {
-        "compression": {leaf: "zstd" if split else "none", **dict.fromkeys(others, "zstd")},
-        "compression_level": {leaf: 1} if split else None,
-        "column_encoding": {leaf: "BYTE_STREAM_SPLIT"} if split else None,
+        "compression": {**dict.fromkeys(ours, "zstd" if split else "none"), **dict.fromkeys(others, "zstd")},
+        "compression_level": dict.fromkeys(ours, 1) if split else None,
+        "column_encoding": dict.fromkeys(ours, "BYTE_STREAM_SPLIT") if split else None,
         "use_dictionary": others or False,
         "write_statistics": others or False,
         "write_page_checksum": True,

@@ -270,20 +270,28 @@ class Folder:
 
         :param save: gets a local path and writes there; the file then takes its name in one step.
         """
+        with self.replacing(name) as path:
+            save(path)
+
+    @contextlib.contextmanager
+    def replacing(self, name: str) -> Iterator[str]:
+        """Yield a local path to write to. The file takes its name when the block ends, and never if the block fails."""
         if self.is_local:
-            self._write_local(Path(self.path(name)), save)
+            with self._replacing_locally(Path(self.path(name))) as path:
+                yield path
             return
         with scratch() as folder:
             local = os.path.join(folder, "upload")
-            save(local)
+            yield local
             self._upload(local, self.path(name))
 
-    def _write_local(self, path: Path, save: Callable[[str], None]) -> None:
+    @contextlib.contextmanager
+    def _replacing_locally(self, path: Path) -> Iterator[str]:
         make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with being_written(temporary):
-                save(str(temporary))
+                yield str(temporary)
                 publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

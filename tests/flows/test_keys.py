@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.fingerprint import digest
 from flows.config import EmbedConfig
 from flows.prepare import merge_options
-from tasks.keys import digest, embedding_key, merge_key
+from tasks.keys import merge_key
 from tasks.shards import Shard, find_shards, with_content_fingerprints
 
 

@@ -18,11 +18,11 @@ import embedders
 import flows
 import tasks
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from embedders.webdataset import open_shard
 from flows.report import main, write_report
 from tasks.dataset.sampling import Pictures, data_url, sample_vectors
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.manifest import Timing, account, write_manifest
 from tasks.plan import MergeOptions, make_plan
 from tasks.shards import find_shards

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from embedders.webdataset import open_shard
 from flows.search import embed_image, embed_query, main
 from tasks.dataset.nearest import nearest
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.manifest import Timing, account, read_manifest, write_manifest
 from tasks.plan import MergeOptions, make_plan
 from tasks.shards import find_shards

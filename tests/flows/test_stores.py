@@ -21,10 +21,10 @@ import pytest
 import s3fs
 
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from flows.cli import main
 from flows.sensor import new_shards
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.shards import find_shards
 from tests.servers import Proxy, s3_server
 

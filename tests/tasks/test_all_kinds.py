@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from embedders.quarantine import Reason
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.records import EmbeddingRecord
 from tasks.shards import find_shards
 from tests.kinds import damaged, photograph, saved, whole

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.fingerprint import digest
 from embedders.webdataset import open_shard
 from tasks.dataset.metadata import read_metadata
 from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.records import EmbeddingRecord, read_embedding_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard, find_shards

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.fingerprint import digest
 from embedders.webdataset import open_shard
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder

@@ -13,7 +13,7 @@ import pytest
 from embedders.errors import InputError
 from embedders.samples import Component, Sample, TarIndex
 from embedders.tar_index import format_index
-from tasks.keys import embedding_key, merge_key
+from tasks.keys import merge_key
 from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
 from tasks.records import EmbeddingRecord, MergeRecord, with_record
 from tasks.shards import Shard

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
+from embedders.fingerprint import digest
 from embedders.tar import read_tar_file
-from tasks.keys import digest, embedding_key, merge_key
+from tasks.keys import merge_key
 from tasks.records import RECORD, EmbeddingRecord, MergeRecord, read_embedding_record, read_merge_record, with_record
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder

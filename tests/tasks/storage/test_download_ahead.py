@@ -20,9 +20,9 @@ import s3fs
 
 import tasks.storage.download_ahead
 from embedders import TimmImageEmbedder
+from embedders.fingerprint import digest
 from tasks.dataset.metadata import check_metadata, read_metadata
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.records import read_embedding_record
 from tasks.shards import Shard, ShardReplaced, find_shards
 from tasks.storage.download_ahead import Stage

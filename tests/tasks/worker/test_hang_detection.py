@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from embedders import ImageEmbedder
+from embedders.fingerprint import digest
 from embedders.webdataset import open_shard
 from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.retries import ShardsFailed
 from tasks.worker.hang_detection import Limit, Step, Watch, watch
 
