@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,4 +98,5 @@ def embedded_shards(results: Iterable[Rows | EndOfShard], session: int = 0, colu
 
 def run_engine(embedder: ImageEmbedder, shards: Iterable[OpenShard], device: str = "cpu") -> list[Embedded]:
     """Embed shards with an engine of their own."""
-    return embedded_shards(Engine([embedder.open(device)]).embed(shards))
+    apart = [replace(shard) for shard in shards]  # one shard may be given twice
+    return embedded_shards(Engine([embedder.open(device)]).embed(apart))

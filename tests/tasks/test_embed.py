@@ -70,10 +70,10 @@ def test_a_group_becomes_embeddings_quarantine_and_index(make_shard: MakeShard, 
     whole, bad = make_shard("0"), make_shard("1", d__jpg=b"<html>", e__txt=b"1", f__jpg=b"")
     records = embed([whole, bad], tiny)
     assert list(files(whole.target)) == [
-        "layers/image_embedding/0.parquet",
-        "layers/image_embedding/1.parquet",
         "index/0.idx",
         "index/1.idx",
+        "layers/image_embedding/0.parquet",
+        "layers/image_embedding/1.parquet",
         "quarantine/image_embedding/1.parquet",
     ]
     assert [read_layer_record(s.target, s.layer_file("image_embedding")) for s in (whole, bad)] == records
