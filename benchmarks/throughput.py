@@ -282,6 +282,7 @@ def model_float8(setting: Setting) -> dict[str, float]:
 def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
     from benchmarks import trace
+    from embedders import engine as engine_module
     from embedders.engine import Engine, Rows
 
     embedder = setting.embedder()
@@ -289,7 +290,7 @@ def one_process(setting: Setting) -> dict[str, Any]:
     session = embedder.open(setting.device)
     engine = Engine([session])
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
-    engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
+    engine_module._forward = _timed(engine_module._forward, spent, "forward")
     engine._arrived = _timed(engine._arrived, spent, "settle")  # type: ignore[method-assign]
     original = session.batches
 

@@ -31,14 +31,14 @@ class Busy(NamedTuple):
 
 def watch(folder: Path | None = None) -> None:
     """Note from now on when each batch of this process starts and ends, in a file of `folder` if one is given."""
-    from embedders.engine import Engine
+    from embedders import engine
 
-    original = Engine._forward
+    original = engine._forward
     first: list[Any] = []
 
-    def forward(self: Engine, session: Any, batch: Any) -> Any:
+    def forward(session: Any, batch: Any) -> Any:
         start = _mark(session.device)
-        result = original(self, session, batch)
+        result = original(session, batch)
         _marks.append((start, _mark(session.device), len(batch.rows)))
         first[:] = first or [start]
         if folder is not None and len(_marks) >= 2 * LINES:  # the first of them have long ended
@@ -49,7 +49,7 @@ def watch(folder: Path | None = None) -> None:
             del _marks[:LINES]
         return result
 
-    Engine._forward = forward  # type: ignore[method-assign]
+    engine._forward = forward
 
 
 def _mark(device: str) -> Any:

@@ -169,7 +169,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
 
 
-_Flight = tuple[tuple[ShardBatch, ...], tuple[Any, ...], int]
+_Flight = tuple[Sequence[ShardBatch], Sequence[Any], int]
 """Batches, the values on their way from their models, and the newest shard that the loader had taken."""
 
 
@@ -200,7 +200,8 @@ class Engine:
         for batches in batches_for(self.sessions, self._watched(shards, opened)):
             waited.count("decode")
             progressed()
-            values = tuple(self._forward(s, b) for s, b in zip(self.sessions, batches, strict=True))
+            # No comprehension: its frame, which an error keeps, would hold on to the model.
+            values = list(map(_forward, self.sessions, batches))
             in_flight.append((batches, values, max(opened)))
             if len(in_flight) >= IN_FLIGHT:
                 earlier = in_flight.popleft()
@@ -224,18 +225,6 @@ class Engine:
                 account.rejected.update({i: Rejected(Row(number, i), *why) for i, why in shard.unusable.items()})
             opened[number] = _Pending(shard, time.monotonic(), accounts)
             yield shard
-
-    def _forward(self, session: Session, batch: ShardBatch) -> dict[str, Any] | None:
-        """Start a batch's way through a model; its values by column, or None for a batch without rows."""
-        if not batch.rows:
-            return None
-        import torch
-
-        with torch.inference_mode():
-            values = _split_when_out_of_memory(session.model, batch.images)
-            if not isinstance(values, Mapping):
-                values = {session.embedder.image_embedding_column: values}
-            return {str(name): _on_its_way(array) for name, array in values.items()}
 
     def _settle(self, flight: _Flight, opened: dict[int, _Pending], waited: _Waited) -> Iterator[Rows]:
         """Wait for a batch's values and yield them by shard; note what was rejected."""
@@ -291,6 +280,19 @@ class Engine:
             if len(mine):
                 chosen = {name: _rows(values, mine) for name, values in columns.items()}
                 yield Rows(pending.shard, number, sample_of[mine], chosen)
+
+
+def _forward(session: Session, batch: ShardBatch) -> dict[str, Any] | None:
+    """Start a batch's way through a model; its values by column, or None for a batch without rows."""
+    if not batch.rows:
+        return None
+    import torch
+
+    with torch.inference_mode():
+        values = _split_when_out_of_memory(session.model, batch.images)
+        if not isinstance(values, Mapping):
+            values = {session.embedder.image_embedding_column: values}
+        return {str(name): _on_its_way(array) for name, array in values.items()}
 
 
 def _split_when_out_of_memory(model: Callable[[Any], Any], images: Any) -> Any:

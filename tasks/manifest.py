@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -185,7 +185,11 @@ def layer_account(layer: Layer) -> LayerAccount:
     """Return the account of a layer."""
     records = list(layer.records.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
-    columns = {name: asdict(column) for record in records for name, column in record.columns.items()}
+    columns = {
+        name: {"dtype": column.dtype, "shape": list(column.shape)}
+        for record in records
+        for name, column in record.columns.items()
+    }
     return LayerAccount(
         shards=len(records),
         samples=sum(record.samples for record in records),
