@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,29 +19,41 @@ from embedders.webdataset import open_shard, sample_json
 from tasks.dataset.column_types import plain_schema, plain_table, refused_by_arrow
 from tasks.dataset.description import columns_made
 from tasks.dataset.ids import canonical_ids, repeated
+from tasks.dataset.vectors import READ_BYTES
 from tasks.shards import Shard
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import in_bulk
 
+ROWS_OF_A_COLUMN = 1 << 16
+"""Rows that are read at a time where only one column is."""
 MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
 """Shares of ids without a partner: of either side in the whole dataset, and of the smaller side in one shard."""
 
 
 @contextmanager
 def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet beside a shard's tar.
+    """Open the Parquet beside a shard's tar.
 
-    :raises InputError: it is not readable as Parquet, or has no id column.
+    Raises:
+        InputError: It is not readable as Parquet, or has no id column.
     """
     assert shard.metadata is not None
     where = f"{shard.dataset}/{shard.metadata}"
-    opened = shard.source.open(shard.metadata)  # what a store says here is not of the file's content
+    options = {"buffer_size": READ_BYTES} if shard.source.is_local else {}  # of a store, a column is one request
+    with arrow_file(shard.source, shard.metadata) as file:
+        with _unreadable(where):
+            parquet = pq.ParquetFile(file, pre_buffer=False, **options)
+        if id_col not in parquet.schema_arrow.names:
+            columns = ", ".join(parquet.schema_arrow.names)
+            raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
+        yield parquet
+
+
+@contextmanager
+def _unreadable(where: str) -> Iterator[None]:
+    """Say which metadata it is that Arrow cannot read."""
     try:
-        with opened as file:
-            parquet = pq.ParquetFile(file)
-            if id_col not in parquet.schema_arrow.names:
-                columns = ", ".join(parquet.schema_arrow.names)
-                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
-            yield parquet
+        yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error; what Arrow says of a file's content has no number
@@ -60,8 +73,8 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
     if shard.metadata is None:
         return
     where = f"{shard.dataset}/{shard.metadata}"
-    with open_metadata(shard, id_col) as parquet:
-        column = parquet.read([id_col]).column(id_col)
+    with open_metadata(shard, id_col) as parquet, _unreadable(where):
+        column = parquet.read([id_col]).column(id_col)  # it also reads a column called "id_col.other"
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
@@ -107,25 +120,61 @@ def repeated_id(where: str, value: Any, row: int) -> InputError:
     )
 
 
-def read_ids(shard: Shard, id_col: str) -> pa.ChunkedArray:
-    """The id of every metadata row as text; nulls stay null."""
-    if shard.metadata is None:
-        return canonical_ids(json_metadata(shard, id_col).column(id_col))
-    with open_metadata(shard, id_col) as parquet:
-        return canonical_ids(parquet.read([id_col]).column(id_col))  # it also reads a column called "id_col.other"
+@dataclass(frozen=True)
+class MetadataRows:
+    """A shard's metadata in plain types (see `tasks.dataset.column_types`), read a few rows at a time.
+
+    Attributes:
+        schema: All its columns, and the notes of the file.
+        read: Given the names of columns, and how many rows at most, yields tables of them one after the other.
+    """
+
+    schema: pa.Schema
+    read: Callable[[Sequence[str], int], Iterator[pa.Table]]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of all rows."""
+        tables = list(self.read([name], ROWS_OF_A_COLUMN))
+        return pa.chunked_array([chunk for table in tables for chunk in table.column(0).chunks], self.type_of(name))
+
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the type of a column."""
+        return self.schema.field(name).type
 
 
-def read_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """A shard's metadata as it is, in plain types; see `tasks.dataset.column_types`.
+@contextmanager
+def open_rows(shard: Shard, id_col: str) -> Iterator[MetadataRows]:
+    """Open a shard's metadata. Without a Parquet beside the tar, its rows are the samples' json members.
 
-    Without a Parquet beside the tar, its rows are the samples' json members.
+    Raises:
+        InputError: It is not readable as Parquet, now or when rows are read, or has no id column.
     """
     if shard.metadata is None:
-        return json_metadata(shard, id_col)
+        table = json_metadata(shard, id_col)
+        yield MetadataRows(table.schema, lambda names, size: _slices(table.select(names), size))
+        return
+    where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
-        # Not all at once: Arrow cannot read dictionaries inside lists or structs across row groups.
-        groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
-        return plain_table(pa.concat_tables(groups) if groups else parquet.read())
+        yield MetadataRows(
+            plain_schema(parquet.schema_arrow), lambda names, size: _batches(parquet, list(names), size, where)
+        )
+
+
+def _slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    return (table.slice(start, size) for start in range(0, len(table), size))
+
+
+def _batches(parquet: pq.ParquetFile, names: list[str], size: int, where: str) -> Iterator[pa.Table]:
+    """Yield some columns of a Parquet file, `size` rows or the rest of a row group at a time."""
+    for group in range(parquet.num_row_groups):  # not all: Arrow reads no dictionaries inside lists across row groups
+        with _unreadable(where):
+            batches = parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+        while True:
+            with _unreadable(where):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield plain_table(pa.Table.from_batches([batch]).select(names))
 
 
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:

@@ -34,12 +34,18 @@ class VectorFormat:
     encoding: Literal["plain", "byte_stream_split"] = "plain"
 
     def as_dict(self) -> dict[str, str]:
-        """Plain JSON, for the key."""
+        """Return it as plain JSON, for the key."""
         return asdict(self)
 
-    def arrow_type(self, dimensions: int) -> pa.DataType:
-        """The Arrow type of a column of vectors."""
-        value = pa.field("element", pa.float16() if self.dtype == "float16" else pa.float32(), nullable=False)
+    def arrow_type(self, dimensions: int, dtype: str = "float32") -> pa.DataType:
+        """Return the Arrow type of a column of vectors.
+
+        Args:
+            dimensions: The length of its vectors.
+            dtype: What numpy calls their values in the layer; only float32 is narrowed to float16.
+        """
+        narrow = self.dtype == "float16" and dtype == "float32"
+        value = pa.field("element", pa.from_numpy_dtype("float16" if narrow else dtype), nullable=False)
         if self.type == "list":
             return pa.list_(value)
         return pa.list_(value, max(dimensions, 1))  # Arrow divides by the size
@@ -57,14 +63,18 @@ def rows_per_group(row_bytes: int) -> int:
 
 
 def vector_array(vectors: np.ndarray, valid: np.ndarray | None = None, form: VectorFormat = PLAIN) -> pa.Array:
-    """A matrix as an Arrow array, over the same memory where the type allows.
+    """Return a matrix as an Arrow array, over the same memory where the type allows.
 
-    :param vectors: (n, dimensions) float32.
-    :param valid: (rows,) bool with n true values: where vectors stand among nulls; by default there are no nulls.
-    :raises MalformedShard: a value does not fit float16.
+    Args:
+        vectors: (n, dimensions), any numbers.
+        valid: (rows,) bool with n true values: where vectors stand among nulls; by default there are no nulls.
+        form: How they are held.
+
+    Raises:
+        MalformedShard: A value does not fit float16.
     """
-    kind = form.arrow_type(vectors.shape[1])
-    if form.dtype == "float16":
+    kind = form.arrow_type(vectors.shape[1], str(vectors.dtype))
+    if kind.value_type == pa.float16() and vectors.dtype != np.float16:
         with np.errstate(over="ignore"):
             narrow = vectors.astype(np.float16)
         if not np.isfinite(narrow).all() and np.isfinite(vectors).all():
@@ -87,43 +97,36 @@ def _flat(vectors: np.ndarray) -> pa.Array:
     return pa.array(np.ascontiguousarray(vectors).reshape(-1))
 
 
-def read_vectors(file: Any, column: str, dimensions: int) -> np.ndarray:
-    """A column of vectors of an open Parquet file, (rows, dimensions) float32; page checksums are verified.
+def as_matrix(vectors: pa.ChunkedArray, name: str, dimensions: int) -> np.ndarray:
+    """Return a column's vectors as (rows, dimensions), over the same memory if they are one chunk.
 
-    Batch by batch into one matrix: read as a whole, the column takes several times its size while it is decoded. The
-    matrix is this thread's, and holds until it reads the next one.
+    Args:
+        vectors: Lists of numbers.
+        name: How messages call the column.
+        dimensions: The length that each vector must have.
 
-    :raises MalformedShard: a vector is null or has other dimensions.
+    Raises:
+        MalformedShard: A vector is null, or they have other dimensions.
     """
-    parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=READ_BYTES, pre_buffer=False)
-    matrix = _scratch("read", parquet.metadata.num_rows, dimensions)
-    batch_rows, at = max(1, READ_BYTES // (4 * max(dimensions, 1))), 0
-    for batch in parquet.iter_batches(batch_rows, columns=[column], use_threads=False):
-        vectors = batch.column(0)
-        values = vectors.flatten()
-        if vectors.null_count or len(values) != len(vectors) * dimensions:
-            raise MalformedShard(f"vectors are not all of {dimensions} dimensions")
-        matrix[at : at + len(vectors)] = values.to_numpy(zero_copy_only=False).reshape(-1, dimensions)
-        at += len(vectors)
-    return matrix
+    array = vectors.chunk(0) if vectors.num_chunks == 1 else vectors.combine_chunks()
+    values = array.flatten()
+    if array.null_count or len(values) != len(array) * dimensions:
+        raise MalformedShard(f"vectors of {name!r} are not all of {dimensions} dimensions")
+    return values.to_numpy(zero_copy_only=False).reshape(len(array), dimensions)
 
 
-def take_rows(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Some rows of a matrix in any order: a view where they adjoin, else this thread's until it takes the next."""
-    if len(places) and (np.diff(places) == 1).all():
-        return matrix[places[0] : places[0] + len(places)]
-    return np.take(matrix, places, axis=0, out=_scratch("take", len(places), matrix.shape[1]), mode="clip")
+def scratch(name: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return a matrix in memory of this thread that is used again: fresh pages cost more than what is copied there.
 
-
-def _scratch(name: str, rows: int, dimensions: int) -> np.ndarray:
-    """A matrix in memory of this thread that is used again: fresh pages cost more than what is copied into them."""
-    size = rows * dimensions
+    It holds until the thread asks for the same name.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
     kept: np.ndarray | None = getattr(_kept, name, None)
     if kept is None or len(kept) < size:
         setattr(_kept, name, None)  # not both at once
-        kept = np.empty(size, np.float32)
+        kept = np.empty(size, np.uint8)
         setattr(_kept, name, kept)
-    return kept[:size].reshape(rows, dimensions)
+    return kept[:size].view(dtype).reshape(shape)
 
 
 _kept = threading.local()

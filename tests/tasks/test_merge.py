@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, Future, LocalCluster
 
-from embedders.engine import EmbeddedShard
 from embedders.quarantine import QuarantinedSample
 from embedders.webdataset import open_shard
 from tasks import merge as merge_stage
@@ -23,17 +24,18 @@ from tasks.dataset.column_types import same_tables
 from tasks.dataset.description import footer
 from tasks.dataset.metadata import check_metadata
 from tasks.dataset.vectors import VectorFormat, write_groups
-from tasks.embed import write_embeddings
+from tasks.keys import layer_key
+from tasks.layers import LayerWriter
 from tasks.merge import merge_group
-from tasks.plan import MergeOptions
-from tasks.records import MergeRecord, read_merge_record
+from tasks.plan import Layer, MergeOptions, merged_columns
+from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard
-from tests.embedders.test_engine import Colours
 
 from .conftest import MakeShard
 
-OPTIONS = MergeOptions("key", "image_embedding")
+OPTIONS = MergeOptions("key")
+COLUMN = "image_embedding"
 VECTOR = {"a": [0.0, 0.5], "b": [1.0, 0.5], "c": [2.0, 0.5]}
 
 
@@ -46,19 +48,56 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def embedded(shard: Shard, id_col: str = "key", without: tuple[str, ...] = (), scale: float = 1) -> Shard:
-    """The shard with an embeddings file: the n-th sample has the vector (n, 0.5); some are quarantined."""
+def embedded(
+    shard: Shard,
+    id_col: str = "key",
+    without: tuple[str, ...] = (),
+    scale: float = 1,
+    layer: str = COLUMN,
+    columns: Mapping[str, np.ndarray] | None = None,
+) -> Shard:
+    """The shard with a layer: the n-th sample has the vector (n, 0.5), or row n of `columns`; some are quarantined."""
     opened = open_shard(shard.source.path(shard.tar), id_col)
-    kept = [i for i, sample in enumerate(opened.ids) if i not in opened.unusable and sample not in without]
-    gone = [QuarantinedSample(name, "", "corrupt", "") for i, name in enumerate(opened.ids) if i not in kept]
-    vectors = scale * np.array([[i, 0.5] for i in kept], np.float32).reshape(-1, 2)
-    result = EmbeddedShard(opened, [opened.ids[i] for i in kept], vectors, gone, 0.0)
-    write_embeddings(shard, result, Colours(), "e")
+    ids = opened.ids_at(np.arange(opened.count)).to_pylist()
+    bad = opened.samples.unusable
+    kept = np.array([i for i, name in enumerate(ids) if i not in bad and name not in without], np.int64)
+    gone = [QuarantinedSample(name, "", "corrupt", "") for i, name in enumerate(ids) if i not in kept]
+    if columns is None:
+        columns = {layer: scale * np.array([[i, 0.5] for i in range(len(ids))], np.float32)}
+    with LayerWriter(shard, layer) as writer:
+        if len(kept):
+            given = {name: values[kept] for name, values in columns.items()}
+            writer.add(kept, pa.array([ids[i] for i in kept], pa.string()), given)
+        writer.flush()
+        reasons = dict(Counter(sample.reason for sample in gone))
+        made = writer.columns or {layer: Column("float32", (0,))}
+        key = layer_key(shard, "e", id_col)
+        record = LayerRecord(key, layer, "e", len(ids), len(kept), reasons, writer.rows, made)
+        writer.finish(record, gone)
     return shard
 
 
-def merge(client: Client, *shards: Shard, **options: Any) -> list[MergeRecord]:
-    return merge_group(shards, replace(OPTIONS, **options), "pandas", client)
+def layers_of(*shards: Shard) -> list[Layer]:
+    """What the planner reads of the layers of some shards."""
+    names = sorted(path.name for path in Path(shards[0].target.path("layers")).iterdir())
+    found = []
+    for name in names:
+        records = {s.name: read_layer_record(s.target, s.layer_file(name)) for s in shards}
+        found.append(Layer(name, "e", {}, False, {shard: it for shard, it in records.items() if it is not None}))
+    return found
+
+
+def merge(client: Client, *shards: Shard, join: Any = "auto", **options: Any) -> list[MergeRecord]:
+    layers = layers_of(*shards)
+    columns = tuple(merged_columns(layers))
+    how = replace(OPTIONS, layers=tuple(layer.name for layer in layers), columns=columns, **options)
+    records = {s.name: {it.name: it.records[s.name] for it in layers if s.name in it.records} for s in shards}
+    return merge_group(shards, records, how, client, join)
+
+
+def drop_layer(shard: Shard, name: str) -> None:
+    """What a user does: delete the folder."""
+    shutil.rmtree(shard.target.path(f"layers/{name}"))
 
 
 def merged(shard: Shard) -> pa.Table:
@@ -78,9 +117,9 @@ def test_rows_keep_their_order_and_get_their_own_vector(client: Client, make_sha
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cudf") is not None, reason="here cuDF is installed, and needs a GPU")
-def test_a_gpu_without_cudf_joins_on_pandas(client: Client, make_shard: MakeShard) -> None:
+def test_without_cudf_arrow_joins(client: Client, make_shard: MakeShard) -> None:
     shard = embedded(make_shard(metadata={"key": ["c", "a", "b"]}))
-    (record,) = merge_group([shard], OPTIONS, "cudf", client)
+    (record,) = merge(client, shard, join="cudf")
     assert record.rows == 3
     assert merged(shard)["image_embedding"].to_pylist() == [VECTOR["c"], VECTOR["a"], VECTOR["b"]]
 
@@ -163,12 +202,14 @@ def test_a_shard_without_any_embedding_merges(client: Client, make_shard: MakeSh
 
 
 def test_an_older_embedding_column_of_ours_is_replaced(client: Client, make_shard: MakeShard) -> None:
-    made = footer(pa.schema([]), {"column": "image_embedding"})
+    made = footer(pa.schema([]), [{"column": COLUMN}])
     table = pa.table({"key": ["a"], "image_embedding": [[9.0]], "n": [1]}).replace_schema_metadata(made)
     shard = embedded(make_shard(metadata=table))
     merge(client, shard)
     assert merged(shard).to_pydict() == {"key": ["a"], "n": [1], "image_embedding": [VECTOR["a"]]}
-    merge(client, shard, column="clip.b32")
+    drop_layer(shard, COLUMN)
+    embedded(shard, layer="clip.b32")
+    merge(client, shard)
     assert merged(shard).column_names == ["key", "image_embedding", "n", "clip.b32"]
 
 
@@ -192,8 +233,11 @@ def test_json_members_with_the_embedding_column_are_refused(client: Client, make
 
 def test_in_place_columns_of_several_models_stay_ours(client: Client, make_shard: MakeShard) -> None:
     shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
-    for column in ("image_embedding", "clip", "image_embedding", "clip"):
-        merge(client, shard, in_place=True, column=column)
+    for layer in ("clip", COLUMN, "clip"):  # one at a time, as runs do that know nothing of each other
+        merge(client, shard, in_place=True)
+        drop_layer(shard, "clip" if layer == COLUMN else COLUMN)
+        embedded(shard, layer=layer)
+        merge(client, shard, in_place=True)
     table = pq.read_table(shard.source.path("00000.parquet"))
     assert sorted(table.column_names) == ["clip", "image_embedding", "key"]
     assert table["clip"].to_pylist() == table["image_embedding"].to_pylist() == list(VECTOR.values())
@@ -260,7 +304,7 @@ def test_shards_of_one_group_may_differ_in_their_columns(client: Client, make_sh
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_damaged_page_is_noticed_and_fails_its_shard_alone(client: Client, make_shard: MakeShard, which: int) -> None:
     shards = [embedded(make_shard(name, metadata={"key": ["a", "b"]})) for name in ("0", "1", "2")]
-    path = Path(shards[which].target.path(shards[which].embeddings_file))
+    path = Path(shards[which].target.path(shards[which].layer_file(COLUMN)))
     data = bytearray(path.read_bytes())
     at = data.index(np.array([1.0, 0.5, 2.0], np.float32).tobytes())
     data[at] ^= 1
@@ -346,7 +390,7 @@ def test_metadata_changed_for_the_worse_is_refused(
 
 
 def test_many_row_groups_in_any_order(client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_stage, "rows_a_group", lambda dimensions: 7)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 7)
     keys = tuple(f"{n:03}" for n in range(100))
     order = np.random.default_rng(0).permutation(100)
     shard = embedded(make_shard(keys=keys, metadata={"key": [keys[n] for n in order]}), without=keys[10:30:3])
