@@ -48,7 +48,7 @@ from tasks.plan import MergedColumn, MergeOptions, make_plan, merged_key
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, with_record
 from tasks.shards import Shard, find_shards
 
-ROWS, DIMENSIONS, SHARDS, WORKERS, ROUNDS = 10_000, 768, 100, 2, 3
+ROWS, DIMENSIONS, SHARDS, WORKERS, ROUNDS = 10_000, 768, 100, 2, 5
 MEMORY_ROWS, MEMORY_DIMENSIONS = (10_000, 100_000, 1_000_000), 64
 JOIN_IDS = (10_000, 100_000, 1_000_000, 10_000_000)
 COLUMN = "image_embedding"
@@ -87,6 +87,7 @@ def _merge(folder: str, shards: int, order: str) -> list[Figure]:
         list(pool.map(_copy, [folder] * WORKERS, [half[:1] for half in halves]))  # imports done, files seen
 
         def copy_all() -> float:
+            shutil.rmtree(f"{folder}/plain", ignore_errors=True)
             started = time.perf_counter()
             list(pool.map(_copy, [folder] * WORKERS, halves))
             return time.perf_counter() - started
@@ -145,7 +146,7 @@ def _options(dimensions: int = DIMENSIONS) -> MergeOptions:
 def _copy(folder: str, names: Sequence[str]) -> None:
     """What reading and writing the same bytes takes: no join, no checksums, the fastest settings."""
     pa.set_cpu_count(1)
-    Path(folder, "plain").mkdir(exist_ok=True)
+    Path(folder, "plain").mkdir(parents=True, exist_ok=True)
     for name in names:
         metadata = pq.read_table(Path(folder, "data", f"{name}.parquet"))
         layer = pq.read_table(Path(folder, "out", "layers", COLUMN, f"{name}.parquet"))
@@ -192,6 +193,7 @@ def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int
         before = client.run(_reset_peak)
 
         def merge_all(names: Sequence[str]) -> tuple[float, int, int]:
+            shutil.rmtree(f"{folder}/out/metadata", ignore_errors=True)  # a first run replaces no file
             client.run(_reset_peak)
             started = time.perf_counter()
             records = merge_on(folder, names)

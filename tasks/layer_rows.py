@@ -19,6 +19,9 @@ from tasks.storage.arrow_file import arrow_file
 HELD_BYTES = 64 << 20
 """Vectors of a shard that are held in memory if its rows are in another order; more lie in a file below TMPDIR."""
 
+BATCH_BYTES = 1 << 20
+"""Vectors that are decoded at a time on their way there."""
+
 
 def column_type(column: MergedColumn, form: VectorFormat) -> pa.DataType:
     """Return the Arrow type of a layer's column in the merged dataset."""
@@ -192,7 +195,7 @@ def _matrix(parquet: pq.ParquetFile, column: MergedColumn) -> np.ndarray:
     size = dtype.itemsize * shape[1]
     batches = (
         as_matrix(pa.chunked_array([batch.column(0)]), column.name, column.dimensions)
-        for batch in parquet.iter_batches(max(1, READ_BYTES // size), columns=[column.name], use_threads=False)
+        for batch in parquet.iter_batches(max(1, BATCH_BYTES // size), columns=[column.name], use_threads=False)
     )
     if size * shape[0] > HELD_BYTES:
         with tempfile.TemporaryFile() as file:

@@ -17,7 +17,9 @@ GROUP_BYTES = 8 << 20
 """Bytes of vectors in a row group: what a reader and a writer hold at once, large enough for a request to a store."""
 LARGEST_GROUP_BYTES = 64 << 20
 """A row group may take this much before it gets fewer rows than `SMALLEST_GROUP`."""
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 16
+PAGE_BYTES = 1 << 18
+"""Bytes of a page: its checksum is made and checked while it lies in the processor's cache."""
 SMALLEST_GROUP, LARGEST_GROUP = 1024, 1 << 17
 """Rows of a row group, whatever the dimensions; DuckDB scans groups of 122,880 best."""
 
@@ -172,6 +174,7 @@ def parquet_options(schema: pa.Schema, vectors: Collection[str], encoding: str =
         "column_encoding": dict.fromkeys(ours, "BYTE_STREAM_SPLIT") if split else None,
         "use_dictionary": others or False,
         "write_statistics": others or False,
+        "data_page_size": PAGE_BYTES,
         "write_page_checksum": True,
     }
 
