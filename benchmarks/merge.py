@@ -182,7 +182,9 @@ def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int
         return merge_group(shards, records, _options(), client)
 
     with (
-        LocalCluster(WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=40) as cluster,
+        LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=40
+        ) as cluster,
         Client(cluster) as client,
     ):
         client.run(_one_core)

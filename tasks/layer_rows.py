@@ -19,8 +19,8 @@ from tasks.storage.arrow_file import arrow_file
 HELD_BYTES = 64 << 20
 """Vectors of a shard that are held in memory if its rows are in another order; more lie in a file below TMPDIR."""
 
-BATCH_BYTES = 1 << 20
-"""Vectors that are decoded at a time on their way there."""
+BATCH_BYTES = 1 << 18
+"""Values that are decoded at a time: what stays in the processor's cache."""
 
 
 def column_type(column: MergedColumn, form: VectorFormat) -> pa.DataType:
@@ -35,14 +35,14 @@ def vector_columns(options: MergeOptions) -> list[str]:
     return [column.name for column in options.columns if column.shape and np.dtype(column.dtype).kind == "f"]
 
 
-def row_bytes(options: MergeOptions) -> int:
-    """Return the bytes that the layers' columns take in a merged row."""
-    return sum(np.dtype(column.dtype).itemsize * max(column.dimensions, 1) for column in options.columns)
+def bytes_of(column: MergedColumn) -> int:
+    """Return the bytes of a layer's value."""
+    return np.dtype(column.dtype).itemsize * max(column.dimensions, 1)
 
 
 def group_rows(options: MergeOptions) -> int:
     """Return the rows of a row group of the merged dataset."""
-    return rows_per_group(row_bytes(options))
+    return rows_per_group(sum(bytes_of(column) for column in options.columns))
 
 
 class LayerFile:
@@ -97,52 +97,48 @@ class LayerValues(Protocol):
 
 
 class OrderedValues:
-    """Values in the order of the layer: each row group is read once and passed on without a copy."""
+    """Values in the order of the layer: read once, a batch at a time, and passed on without a copy."""
 
     def __init__(self, parquet: pq.ParquetFile, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
-        self._parquet = parquet
         self._columns = columns
         self._form = form
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._held = -1
-        self._group: pa.Table | None = None
+        self._batches = _batches(parquet, columns)
+        self._batch: pa.RecordBatch | None = None
+        self._first = self._stop = 0
 
     def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
         """Return some rows by column; see `LayerValues`."""
-        wanted = places[places >= 0]
-        if not len(wanted):
+        if not (places >= 0).any():
             return {}
-        first, last = np.searchsorted(self._starts, wanted[[0, -1]], "right") - 1
         reached = np.maximum.accumulate(places)  # a row without a value goes with the one before it
-        cuts = [0, *np.searchsorted(reached, self._starts[first + 1 : last + 1]), len(places)]
-        parts = [
-            self._part(group, places[start:stop])
-            for group, start, stop in zip(range(first, last + 1), cuts, cuts[1:], strict=False)
-            if stop > start
-        ]
+        parts: list[list[pa.Array]] = []
+        done = 0
+        while done < len(places):
+            stop = int(np.searchsorted(reached, self._stop))
+            if stop > done:
+                parts.append(self._part(places[done:stop]))
+                done = stop
+            if done < len(places):
+                self._batch = next(self._batches)
+                self._first, self._stop = self._stop, self._stop + len(self._batch)
         return {
             column.name: pa.chunked_array([part[number] for part in parts], column_type(column, self._form))
             for number, column in enumerate(self._columns)
         }
 
-    def _part(self, group: int, places: np.ndarray) -> list[pa.Array]:
-        """Return each column's values of rows of one row group."""
-        if group != self._held:
-            self._group = None  # not both at once
-            names = [column.name for column in self._columns]
-            self._group = self._parquet.read_row_group(group, columns=names, use_threads=False).combine_chunks()
-            self._held = group
-        assert self._group is not None
+    def _part(self, places: np.ndarray) -> list[pa.Array]:
+        """Return each column's values of rows of one batch."""
         valid = places >= 0
-        rows = places[valid] - self._starts[group]
-        return [self._array(column, self._group.column(column.name), rows, valid) for column in self._columns]
+        rows = places[valid] - self._first
+        if self._batch is None or not len(rows):
+            return [pa.nulls(len(places), column_type(column, self._form)) for column in self._columns]
+        return [self._array(column, self._batch.column(column.name), rows, valid) for column in self._columns]
 
-    def _array(self, column: MergedColumn, values: pa.ChunkedArray, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+    def _array(self, column: MergedColumn, values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
         adjoining = len(rows) == rows[-1] - rows[0] + 1
         matrix = as_matrix(values, column.name, column.dimensions) if column.shape else None
         if adjoining and len(rows) == len(valid) and values.type == column_type(column, self._form):
-            return values.chunk(0).slice(rows[0], len(rows))
+            return values.slice(rows[0], len(rows))
         if matrix is None:
             return _numbers(values, rows, valid)
         chosen = matrix[rows[0] : rows[-1] + 1] if adjoining else matrix[rows]
@@ -156,7 +152,7 @@ class ShuffledValues:
         self._columns = columns
         self._form = form
         self._numbers = {
-            column.name: parquet.read([column.name], use_threads=False).column(column.name)
+            column.name: parquet.read([column.name], use_threads=False).column(column.name).combine_chunks()
             for column in columns
             if not column.shape
         }
@@ -178,33 +174,33 @@ class ShuffledValues:
         return vector_array(np.take(matrix, rows, axis=0, out=out, mode="clip"), valid, self._form)
 
 
-def _numbers(values: pa.ChunkedArray, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+def _numbers(values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
     """Return some of a column's values among nulls."""
     indices = np.zeros(len(valid), np.int64)
     indices[valid] = rows
-    taken = values.take(pa.array(indices, mask=~valid))
-    return taken.chunk(0) if taken.num_chunks == 1 else taken.combine_chunks()
+    return values.take(pa.array(indices, mask=~valid))
+
+
+def _batches(parquet: pq.ParquetFile, columns: Sequence[MergedColumn]) -> Iterator[pa.RecordBatch]:
+    """Yield a file's rows a few at a time: decoding a whole column takes several times its size."""
+    names = [column.name for column in columns]
+    size = max(1, BATCH_BYTES // max(1, sum(bytes_of(column) for column in columns)))
+    for group in range(parquet.num_row_groups):
+        yield from parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
 
 
 def _matrix(parquet: pq.ParquetFile, column: MergedColumn) -> np.ndarray:
-    """Return all vectors of a file, (rows, dimensions), in memory of this thread or mapped from a file without a name.
-
-    Batch by batch: read as a whole, the column takes several times its size while it is decoded.
-    """
+    """Return all vectors of a file, (rows, dimensions): in memory, or mapped from a file without a name."""
     dtype, shape = np.dtype(column.dtype), (parquet.metadata.num_rows, column.dimensions)
-    size = dtype.itemsize * shape[1]
-    batches = (
-        as_matrix(pa.chunked_array([batch.column(0)]), column.name, column.dimensions)
-        for batch in parquet.iter_batches(max(1, BATCH_BYTES // size), columns=[column.name], use_threads=False)
-    )
-    if size * shape[0] > HELD_BYTES:
+    parts = (as_matrix(it.column(0), column.name, column.dimensions) for it in _batches(parquet, [column]))
+    if bytes_of(column) * shape[0] > HELD_BYTES:
         with tempfile.TemporaryFile() as file:
-            for batch in batches:
-                file.write(np.ascontiguousarray(batch).data)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
             file.flush()
             return np.memmap(file, dtype, "r", shape=shape)  # lasts longer than the file's name and handle
     matrix, at = scratch(f"matrix of {column.name}", shape, dtype), 0
-    for batch in batches:
-        matrix[at : at + len(batch)] = batch
-        at += len(batch)
+    for part in parts:
+        matrix[at : at + len(part)] = part
+        at += len(part)
     return matrix

@@ -35,9 +35,7 @@ From `python -m benchmarks.merge --part join`. With fewer rows Arrow is done bef
 ID, ROW, PLACE = "id", "row", "place"
 
 
-def join_ids(
-    ids: pa.ChunkedArray, layers: Mapping[str, pa.ChunkedArray], join: Join = "auto"
-) -> dict[str, np.ndarray]:
+def join_ids(ids: pa.ChunkedArray, layers: Mapping[str, pa.ChunkedArray], join: Join = "auto") -> dict[str, np.ndarray]:
     """Return which row of each layer each metadata row gets.
 
     Args:
