@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.dataset.vectors import READ_BYTES, VectorFormat, as_matrix, rows_per_group, scratch, vector_array
+from tasks.layers import ID
 from tasks.plan import MergedColumn, MergeOptions
+from tasks.records import PART
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 
@@ -63,8 +65,10 @@ class LayerFile:
             yield cls(file, columns, options.form)
 
     def ids(self) -> pa.ChunkedArray:
-        """Return the ids of all rows, as text."""
-        return self._parquet.read(["id"], use_threads=False).column(0)
+        """Return the ids of its samples as text, each once."""
+        ids = self._parquet.read([ID], use_threads=False).column(0)
+        several = PART in self._parquet.schema_arrow.names
+        return pa.chunked_array([ids.unique()]) if several else ids
 
     def values(self, places: np.ndarray) -> LayerValues:
         """Return the values for the rows of a shard.
@@ -108,7 +112,7 @@ class OrderedValues:
 
     def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
         """Return some rows by column; see `LayerValues`."""
-        if not (places >= 0).any():
+        if not self._columns or not (places >= 0).any():
             return {}
         reached = np.maximum.accumulate(places)  # a row without a value goes with the one before it
         parts: list[list[pa.Array]] = []

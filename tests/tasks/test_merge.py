@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, Future, LocalCluster
 
+from embedders.errors import InputError
 from embedders.quarantine import QuarantinedSample
 from embedders.webdataset import open_shard
+from tasks import layer_rows
 from tasks import merge as merge_stage
 from tasks.dataset.column_types import same_tables
 from tasks.dataset.description import footer
@@ -28,7 +30,7 @@ from tasks.keys import layer_key
 from tasks.layers import LayerWriter
 from tasks.merge import merge_group
 from tasks.plan import Layer, MergeOptions, merged_columns
-from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record
+from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard
 
@@ -445,3 +447,156 @@ def test_a_retry_at_once_is_not_given_the_former_error(
     path.write_bytes(good)
     assert merge(client, shard)[0].rows == 3
     del caught  # held the futures so far
+
+
+# --- several layers ---------------------------------------------------------------------------------------------------
+
+FORMS = [
+    VectorFormat(kind, dtype, encoding)
+    for kind in ("list", "fixed_size_list")
+    for dtype in ("float32", "float16")
+    for encoding in ("plain", "byte_stream_split")
+]
+
+
+def scored(shard: Shard, without: tuple[str, ...] = ()) -> Shard:
+    """The shard with a second layer: a number, integers and a flag for each sample."""
+    numbers = {
+        "score": np.array([0.1, 0.2, 0.3]),
+        "boxes": np.array([[1, -2], [3, 2**31 - 1], [5, 6]], np.int32),
+        "nice": np.array([True, False, True]),
+    }
+    return embedded(shard, layer="scores", without=without, columns=numbers)
+
+
+def test_two_layers_with_other_samples_in_quarantine_join(client: Client, make_shard: MakeShard) -> None:
+    """A row stays if any layer has a value; a layer without one is null there, as is one that lacks the shard."""
+    table = {"text": ["D", "C", "B", "A"], "key": ["d", "c", "b", "a"]}
+    keys = ("a", "b", "c", "d")
+    first, second = make_shard("0", keys=keys, metadata=table), make_shard("1", keys=keys, metadata=table)
+    for shard in (first, second):
+        embedded(shard, without=("b", "d"))
+    scores = {"score": np.array([0.5, 1.5, 2.5, 3.5])}
+    embedded(first, layer="aesthetic", without=("a", "d"), columns=scores)
+    one, other = merge(client, first, second)
+    assert merged(first).to_pydict() == {
+        "text": ["C", "B", "A"],
+        "key": ["c", "b", "a"],
+        "score": [2.5, 1.5, None],
+        "image_embedding": [VECTOR["c"], None, VECTOR["a"]],
+    }
+    assert merged(second).to_pydict() == {
+        "text": ["C", "A"],
+        "key": ["c", "a"],
+        "score": [None, None],
+        "image_embedding": [VECTOR["c"], VECTOR["a"]],
+    }
+    assert merged(first).schema.types == merged(second).schema.types
+    assert (one.rows, one.rows_without_embedding, one.unmatched) == (3, 1, 0)
+    assert (other.rows, other.rows_without_embedding, other.unmatched) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("order", [["a", "b", "c", "z"], ["c", "z", "a", "b"]])
+def test_numbers_and_integers_are_the_same_in_every_form(
+    client: Client, make_shard: MakeShard, form: VectorFormat, order: list[str]
+) -> None:
+    shard = scored(embedded(make_shard(metadata={"key": order}), without=("a",)), without=("b",))
+    merge(client, shard, form=form, null_rows=True)
+    found = {row["key"]: row for row in merged(shard).to_pylist()}
+    assert list(found) == order
+    assert found["a"] == {"key": "a", "score": 0.1, "boxes": [1, -2], "nice": True, COLUMN: None}
+    assert found["b"] == {"key": "b", "score": None, "boxes": None, "nice": None, COLUMN: VECTOR["b"]}
+    assert found["c"] == {"key": "c", "score": 0.3, "boxes": [5, 6], "nice": True, COLUMN: VECTOR["c"]}
+    assert found["z"] == {"key": "z", "score": None, "boxes": None, "nice": None, COLUMN: None}
+    types = merged(shard).schema
+    assert types.field("score").type == pa.float64()
+    assert types.field("boxes").type == form.arrow_type(2, "int32")
+    assert types.field(COLUMN).type == form.arrow_type(2)
+
+
+def test_columns_keep_the_order_of_their_layers_and_follow_the_users(client: Client, make_shard: MakeShard) -> None:
+    shard = scored(embedded(make_shard(metadata={"z": [1, 2, 3], "key": ["a", "b", "c"], "a": [4, 5, 6]})))
+    embedded(shard, layer="another")
+    merge(client, shard)
+    assert merged(shard).column_names == ["z", "key", "a", "another", COLUMN, "score", "boxes", "nice"]
+
+
+def test_a_dropped_layer_leaves_the_dataset_and_nothing_else_changes(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["b", "a", "c"]}), without=("c",))
+    merge(client, shard)
+    before = merged(shard)
+    scored(shard)
+    merge(client, shard)
+    assert (merged(shard).num_rows, merged(shard).column_names) == (3, ["key", COLUMN, "score", "boxes", "nice"])
+    drop_layer(shard, "scores")
+    merge(client, shard)
+    assert merged(shard).equals(before)
+
+
+def test_layers_with_one_column_name_are_refused(make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a"]}))
+    embedded(shard, layer="other", columns={COLUMN: np.zeros((3, 2), np.float32)})
+    with pytest.raises(InputError, match="layers 'image_embedding' and 'other' both have a column 'image_embedding'"):
+        merged_columns(layers_of(shard))
+
+
+def test_tensors_and_several_rows_per_sample_stay_in_their_layer(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
+    embedded(shard, layer="tokens", without=("c",), columns={"tokens": np.zeros((3, 2, 2), np.float32)})
+    frames = pa.table({"id": list("aabc"), "part": [0, 1, 0, 0], "frames": [0.5, 1.5, 2.5, 3.5]})
+    columns = {"part": Column("int64", ()), "frames": Column("float64", ())}
+    record = LayerRecord(layer_key(shard, "e", "key"), "frames", "e", 3, 3, {}, 4, columns)
+    frames = frames.cast(with_record(frames.schema, record))
+    shard.target.write(shard.layer_file("frames"), lambda path: pq.write_table(frames, path))
+    (record_of_merge,) = merge(client, shard)
+    assert merged(shard).column_names == ["key", COLUMN]
+    assert (record_of_merge.rows, record_of_merge.embeddings_without_row) == (3, 0)
+
+
+def test_in_place_two_layers_are_added_and_every_row_stays(client: Client, make_shard: MakeShard) -> None:
+    table = pa.table({"key": ["z", "b", "a"], "text": ["Z", "B", "A"]})
+    shard = scored(embedded(make_shard(metadata=table), without=("a",)), without=("b",))
+    for _ in range(2):  # the second time it replaces what is its own
+        merge(client, shard, in_place=True)
+        after = pq.read_table(shard.source.path("00000.parquet"))
+        assert after.select(["key", "text"]).equals(table)
+        assert after[COLUMN].to_pylist() == [None, VECTOR["b"], None]
+        assert after["score"].to_pylist() == [None, None, 0.1]
+        assert after.column_names == ["key", "text", COLUMN, "score", "boxes", "nice"]
+
+
+# --- large shards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_rows_in_another_order_come_from_memory_or_from_a_file(
+    client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    monkeypatch.setattr(layer_rows, "HELD_BYTES", held)
+    monkeypatch.setattr(layer_rows, "BATCH_BYTES", 24)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 7)
+    keys = tuple(f"{n:03}" for n in range(40))
+    order = np.random.default_rng(0).permutation(40)
+    shard = embedded(make_shard(keys=keys, metadata={"key": [keys[n] for n in order]}))
+    merge(client, shard)
+    assert [vector[0] for vector in merged(shard)[COLUMN].to_pylist()] == order.tolist()
+
+
+@pytest.mark.parametrize("null_rows", [False, True])
+def test_gaps_on_either_side_of_the_layers_order(
+    client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, null_rows: bool
+) -> None:
+    """Rows without an image and images without a row, at both ends and between, across batches and row groups."""
+    monkeypatch.setattr(layer_rows, "BATCH_BYTES", 24)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 4)
+    keys = tuple(f"{n:03}" for n in range(30))
+    rows = [key for n, key in enumerate(keys) if n not in (0, 1, 11, 12, 13, 29)]
+    rows = ["x0", "x1", "x2", "x3", "x4", *rows[:9], "y", *rows[9:], "z0", "z1"]
+    shard = embedded(make_shard(keys=keys, metadata={"key": rows}), without=keys[4:9])
+    merge(client, shard, null_rows=null_rows)
+    found = dict(zip(merged(shard)["key"].to_pylist(), merged(shard)[COLUMN].to_pylist(), strict=True))
+    there = [key for key in rows if key in keys and key not in keys[4:9]]
+    assert [key for key, vector in found.items() if vector is not None] == there
+    assert list(found) == (rows if null_rows else there)
+    assert all(vector == [int(key), 0.5] for key, vector in found.items() if vector is not None)
