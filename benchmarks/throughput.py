@@ -282,31 +282,32 @@ def model_float8(setting: Setting) -> dict[str, float]:
 def one_process(setting: Setting) -> dict[str, Any]:
     """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
     from benchmarks import trace
-    from embedders.engine import Engine
+    from embedders.engine import Engine, Rows
 
     embedder = setting.embedder()
     trace.watch()
-    engine = Engine(embedder, setting.device)
+    session = embedder.open(setting.device)
+    engine = Engine([session])
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
     engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
-    engine._settle = _timed(engine._settle, spent, "settle")  # type: ignore[method-assign]
-    original = embedder.batches
+    engine._arrived = _timed(engine._arrived, spent, "settle")  # type: ignore[method-assign]
+    original = session.batches
 
-    def batches(shards: Any, device: str) -> Iterator[Any]:
-        return _timed_iterator(original(shards, device), spent, "batches")
+    def batches(shards: Any) -> Iterator[Any]:
+        return _timed_iterator(original(shards), spent, "batches")
 
-    embedder.batches = batches  # type: ignore[method-assign]
+    session.batches = batches  # type: ignore[method-assign]
     shards = _open(setting.tars())
     list(engine.embed(shards[:2]))  # builds the pipeline, and chooses the decoder
     trace.times()
     spent.update(dict.fromkeys(spent, 0.0))
     started = time.perf_counter()
-    images = sum(len(done.ids) for done in engine.embed(shards))
+    images = sum(len(found.samples) for found in engine.embed(shards) if isinstance(found, Rows))
     whole = time.perf_counter() - started
     device = trace.busy(trace.times())
     return {
         "images_per_second": images / whole,
-        "decoder": embedder.decoder,
+        "decoder": session.decoder,
         "busy_share": device.share,
         "longest_gap": device.longest_gap,
         "whole": whole,
@@ -347,7 +348,7 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         wall = time.time() - started
         if manifest.embedded != manifest.samples or manifest.shards_failed:
             raise RuntimeError(f"not everything was embedded: {manifest}")
-        written = sorted(path.stat().st_mtime for path in Path(output, "embeddings").iterdir())
+        written = sorted(path.stat().st_mtime for path in Path(output, "layers", "image_embedding").iterdir())
         merged = sorted(path.stat().st_mtime for path in Path(output, "metadata").iterdir())
         busy = [trace.busy(batches, skip=20) for batches in trace.load(Path(traces))]
         memory = max(trace.load_memory(Path(traces)), key=max, default=[(0.0, 0.0)])
@@ -386,7 +387,7 @@ def command(setting: Setting) -> dict[str, float]:
         call = [sys.executable, "-m", "flows.embed", str(dataset), "--output", str(output), *options, "--json"]
         subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
         ended = time.time()
-        first = min(path.stat().st_mtime for path in (output / "embeddings").iterdir())
+        first = min(path.stat().st_mtime for path in (output / "layers/image_embedding").iterdir())
     return {"until_first_file": first - started, "seconds": ended - started}
 
 

@@ -36,10 +36,10 @@ def watch(folder: Path | None = None) -> None:
     original = Engine._forward
     first: list[Any] = []
 
-    def forward(self: Engine, batch: Any) -> Any:
-        start = _mark(self.device)
-        result = original(self, batch)
-        _marks.append((start, _mark(self.device), len(batch.rows)))
+    def forward(self: Engine, session: Any, batch: Any) -> Any:
+        start = _mark(session.device)
+        result = original(self, session, batch)
+        _marks.append((start, _mark(session.device), len(batch.rows)))
         first[:] = first or [start]
         if folder is not None and len(_marks) >= 2 * LINES:  # the first of them have long ended
             with open(folder / f"{os.getpid()}.jsonl", "a") as file:

@@ -246,18 +246,18 @@ class Engine:
                 assert isinstance(row, Row)
                 opened[row.shard].accounts[number].reject(row.sample, rejected)
             if found is not None:
-                columns = {name: self._arrived(number, name, array, batch) for name, array in found.items()}
+                columns = {name: self._arrived(number, session, name, array, batch) for name, array in found.items()}
                 waited.count("model")
                 yield from self._divide(number, session, batch, columns, opened)
                 waited.skip()
 
-    def _arrived(self, number: int, name: str, values: Any, batch: ShardBatch) -> np.ndarray:
+    def _arrived(self, number: int, session: Session, name: str, values: Any, batch: ShardBatch) -> np.ndarray:
         """Wait for one column of a batch; see that its rows are as many as the images, and shaped like those before."""
         if isinstance(values, _Copying):
             values.event.synchronize()
             values = values.host
         array = np.asarray(values)
-        if array.dtype.kind not in "iub":
+        if array.dtype.kind not in "iub" or name == session.embedder.image_embedding_column:
             array = np.asarray(array, np.float32)
         if not array.ndim or len(array) != len(batch.rows):
             raise ValueError(

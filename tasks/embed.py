@@ -122,6 +122,7 @@ class _GroupRun:
             with Stage(self._missing(shards), self.options.staging_space) as stage:
                 self._embed(stage)
         except BaseException as error:  # nobody else would hear of it: this is a thread's last frame
+            self._sessions = ()  # the error keeps this frame, and so this object
             self._fail_the_rest(shards, error)
 
     def _embed(self, stage: Stage) -> None:

@@ -123,6 +123,8 @@ def _is_file(output: str, place: str) -> bool:
 
 
 def _holds_tars(output: str, place: str) -> bool:
-    """Whether a folder holds a tar that the output has embeddings of: another folder may lie there by now."""
-    embedded = Folder(f"{output.rstrip('/')}/embeddings").list(".parquet")
-    return bool(embedded) and Folder(place).has(f"{embedded[0].name.removesuffix('.parquet')}.tar")
+    """Whether a folder holds a tar that the output has a layer of: another folder may lie there by now."""
+    embedded = Folder(Folder(output).place("layers")).list(".parquet")
+    names = (file.name.partition("/")[2].removesuffix(".parquet") for file in embedded)
+    first = next(names, None)
+    return first is not None and Folder(place).has(f"{first}.tar")

@@ -147,6 +147,7 @@ class SharedEngine:
         if self.failure is None and self._thread.is_alive():  # one that failed ends by itself, whatever is in line
             self._line.put(None)
         self._thread.join()
+        self.sessions = ()  # an error that it failed with may keep this object for a while
         gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
         gc.collect()
 

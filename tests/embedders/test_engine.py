@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, Engine
 from embedders.errors import InputError
 from embedders.webdataset import OpenShard, open_shard
+from tests.layers import Embedded, run_engine
 
 Pairs = Iterator[tuple[Any, list[dict[str, Any]]]]
 
@@ -67,8 +67,8 @@ def shard_of(path: Path, members: dict[str, bytes], id_col: str = "key") -> Open
     return open_shard(path, id_col)
 
 
-def embed(embedder: ImageEmbedder, *shards: OpenShard) -> list[EmbeddedShard]:
-    return list(Engine(embedder, "cpu").embed(shards))
+def embed(embedder: ImageEmbedder, *shards: OpenShard) -> list[Embedded]:
+    return run_engine(embedder, shards)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_an_embedder_may_embed_what_is_no_image_to_others(tmp_path: Path) -> Non
         assert (found.ids, found.quarantined) == (["a", "b", "c"], [])
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (3, 4, 1), ()])
+@pytest.mark.parametrize("shape", [(2,), (2, 4), (4, 3, 1), ()])
 def test_vectors_of_a_wrong_shape_are_refused(abc: OpenShard, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"for a batch of 3; load_embedding_model must return"):
         embed(Told([([1, 2, 3], "abc")], lambda b: torch.zeros(shape)), abc)
@@ -152,7 +152,7 @@ def test_a_model_that_returns_a_pair_is_refused(abc: OpenShard) -> None:
 
 
 def test_dimensions_must_not_change(abc: OpenShard) -> None:
-    with pytest.raises(ValueError, match="1 dimensions after 2"):
+    with pytest.raises(ValueError, match=r"of shape \(1,\) for 'image_embedding' after \(2,\)"):
         embed(Told([([1, 2], "ab"), ([3], "c")], lambda b: np.ones((len(b), len(b)))), abc)
 
 

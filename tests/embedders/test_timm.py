@@ -121,14 +121,14 @@ import resource, sys
 import nvidia.dali, timm, torch
 from pathlib import Path
 from embedders import TimmImageEmbedder
-from embedders.engine import Engine
 from embedders.webdataset import open_shard
+from tests.layers import run_engine
 
 embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=100_000, num_threads_per_worker=1)
 embedder.check()
 used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)
-(embedded,) = Engine(embedder, "cpu").embed([open_shard(sys.argv[1])])
+(embedded,) = run_engine(embedder, [open_shard(sys.argv[1])])
 print(len(embedded.ids), embedder.input_batch("cpu") < 100_000)
 """
 

@@ -19,7 +19,8 @@ import pytest
 from flows.export import main
 from tasks.dataset import export as exports
 from tasks.dataset.description import describe, footer
-from tasks.dataset.vectors import VectorFormat, vector_array, write_vectors
+from tasks.dataset.vectors import vector_array, write_vectors
+from tasks.plan import MergedColumn, MergeOptions
 
 from .conftest import ROOT
 
@@ -36,7 +37,9 @@ def write_output(folder: Path, rows: int, dimensions: int, *, null: int | None =
         keys = [f"{number:02}{row:06}" for row in range(rows)]
         array = vector_array(vectors[valid], valid)
         table = pa.table({"key": keys, "n": list(range(rows)), column: array})
-        notes = footer(table.schema, describe(column, VectorFormat(), {"model": "m"}, dimensions))
+        merged = MergedColumn(column, column, "float32", (dimensions,))
+        options = MergeOptions("key", (column,), (merged,), made_of={column: {"model": "m"}})
+        notes = footer(table.schema, describe(options, {}))
         write_vectors(table.replace_schema_metadata(notes), str(folder / f"metadata/{number:05}.parquet"), column)
         written.append(vectors[valid])
     return np.concatenate(written)

@@ -19,6 +19,7 @@ from tasks.dataset.ids import canonical_ids, repeated
 from tasks.dataset.metadata import check_metadata, conform, unified_schema
 from tasks.plan import MergeOptions, plan_in_one_schema
 from tasks.shards import Shard
+from tests.layers import recipe_named
 
 from ..conftest import MakeShard
 
@@ -144,13 +145,13 @@ def test_columns_that_would_be_lost_are_refused(make_shard: MakeShard, names: li
     table = pa.table([pa.array(["a"])] * 3, names=names)
     shard = make_shard("0", metadata=table)
     with pytest.raises(InputError, match=message):
-        unified_schema([shard], "key", "image_embedding")
-    in_place = MergeOptions("key", "image_embedding", in_place=True)
+        unified_schema([shard], "key", ["image_embedding"])
+    in_place = MergeOptions("key", in_place=True)
     with pytest.raises(InputError, match=message):
-        plan_in_one_schema([shard], "e", in_place, None)
+        plan_in_one_schema([shard], [recipe_named("e")], in_place, lambda columns: None)
 
 
-@pytest.mark.parametrize("notes", [{"embedding": '{"column": "v"}'}, {"shard_embed_columns": '["w", "v"]'}])
+@pytest.mark.parametrize("notes", [{"embeddings": '[{"column": "v"}]'}, {"shard_embed_columns": '["w", "v"]'}])
 def test_a_column_of_ours_is_known_by_the_footer(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
     assert unified_schema([shard], "key", "v").names == ["key"]
