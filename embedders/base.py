@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from embedders.errors import InputError
-from embedders.fingerprint import NoFingerprint, of_classes, of_value
+from embedders.fingerprint import NoFingerprint, cached_properties, of_classes, of_value
 from embedders.ids import canonical_id
 from embedders.quarantine import Reason, Rejected
+from embedders.session import Session
 from embedders.webdataset import OpenShard
 
 
@@ -96,6 +97,7 @@ class ImageEmbedder(ABC):
             InputError: One has no stable representation.
         """
         kind = type(self).__name__
+        left_out = {*left_out, *cached_properties(type(self))}
         try:
             return {k: of_value(v, f"{kind}.{k}") for k, v in sorted(vars(self).items()) if k not in left_out}
         except NoFingerprint as why:
@@ -107,8 +109,11 @@ class ImageEmbedder(ABC):
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
-    def expect(self, images: int) -> None:  # noqa: B027  # most embedders do not care
-        """Told to the copy of a worker before it loads the model: about how many images that worker will see."""
+    def open(self, device: str, images: int = 0) -> Session:
+        """Load the model on one worker, with `images` the number of images it will probably see; 0 if unknown."""
+        session = Session(self, device, images)
+        _ = session.model
+        return session
 
     def not_finite(self, device: str) -> str:
         """Return one line that says why a sample whose vector holds NaN or infinity is quarantined, and what helps."""

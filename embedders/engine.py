@@ -114,11 +114,12 @@ def keep_freed_memory() -> None:
 class Engine:
     """An embedder with its model loaded on a device."""
 
-    def __init__(self, embedder: ImageEmbedder, device: str) -> None:
+    def __init__(self, embedder: ImageEmbedder, device: str, images: int = 0) -> None:
         keep_freed_memory()
-        self.embedder = embedder
+        self.session = embedder.open(device, images)
+        self.embedder = self.session.embedder
         self.device = device
-        self.model = embedder.load_embedding_model(device)
+        self.model = self.session.model
 
     def embed(self, shards: Iterable[OpenShard], got_on: Callable[[], None] = lambda: None) -> Iterator[EmbeddedShard]:
         """Embed a stream of shards. Each is yielded once all its samples are accounted for, in no promised order.
@@ -132,7 +133,7 @@ class Engine:
         opened: dict[int, _Pending] = {}
         in_flight: deque[tuple[ShardBatch, Any, int]] = deque()
         waited = _Waited()
-        for batch in self.embedder.batches(_watched(shards, opened), self.device):
+        for batch in self.session.batches(_watched(shards, opened)):
             waited.count("decode")
             got_on()
             in_flight.append((batch, self._forward(batch), max(opened)))

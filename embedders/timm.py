@@ -1,103 +1,71 @@
-"""TimmImageEmbedder: any timm model, fed by DALI or by the reference loader, giving the vectors timm gives."""
+"""TimmImageEmbedder: any timm model, fed by DALI or by the reference loader, giving the vectors timm gives.
+
+The class holds parameters only. What is loaded, opened or measured is in the `TimmSession` that `open` gives.
+"""
 
 from __future__ import annotations
 
-import enum
 import functools
 import inspect
-import itertools
-import logging
 import os
 import platform
-import sys
-import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedders import create_model
+from embedders import precision as precisions
 from embedders.base import ImageEmbedder, Row, ShardBatch
-from embedders.batch_size import Measured, best_batch, images_per_second
-from embedders.compile import ALIKE, COMPILE_SECONDS, prepare
-from embedders.errors import InputError, is_out_of_memory
-from embedders.fingerprint import of_classes
+from embedders.errors import InputError
+from embedders.fingerprint import cached_properties, of_classes
 from embedders.images import MAX_PIXELS
-from embedders.loader import Encoded, LoadedBatch, Loader
+from embedders.loader import Encoded, ModelInput
+from embedders.open_loader import DecodeOptions, LoaderKind
+from embedders.precision import Precision
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
+from embedders.timm_session import TimmSession
 from embedders.webdataset import OpenShard, open_shard
-from embedders.weights import RANDOM, Weights, resolve_weights
+from embedders.weights import Weights, resolve_weights
 
 if TYPE_CHECKING:
     import torch
 
-    from embedders.compile import Forward
-
-logger = logging.getLogger(__name__)
-
-AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
-
-TRIAL = 6
-"""Batches by which exact decoding is timed against the model, the first one not counted."""
-
-NO_CORE_DECODES = 1000
-"""Images a second that no core decodes exactly, unless they are thumbnails: 330 to 420 photographs of 500x375."""
-
-LESS = 8
-"""How much smaller a batch is tried if one is too large for a CPU's memory: the loader holds more of them."""
-
-PROCESS_OWNED = frozenset(
-    {"_loader", "_decoder", "_measured", "_expected", "_decided", "_largest", "_planned_weights", "weights"}
-)
-"""Attributes that belong to one process and do not travel."""
-
-
-class LoaderKind(enum.StrEnum):
-    """Who decodes and preprocesses."""
-
-    AUTO = "auto"
-    DALI = "dali"
-    REFERENCE = "reference"
-
-
-class Precision(enum.StrEnum):
-    """What a model computes in."""
-
-    AUTO = "auto"
-    """float16 on a GPU if `autocast`, else float32."""
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT8 = "float8"
-    """float16 with linear layers in float8."""
+NOT_SENT = frozenset({"_session"})
+"""Attributes that belong to a session; cached properties do not travel either."""
 
 
 class TimmImageEmbedder(ImageEmbedder):
     """Embeds images with a timm model: pooled features, or the projection where the model has one (CLIP and kin).
 
-    :param model_name: a timm name with or without a pretrained tag, `hf-hub:…` or `local-dir:…`.
-    :param pretrained: load the tag's weights; False gives random ones, the same on every worker.
-    :param batch_size: images a batch; "auto" chooses by device.
-    :param num_threads_per_worker: threads that decode; by default the processor cores of the worker's share.
-    :param image_embedding_column: the name of the new column.
-    :param normalize_embeddings: scale each vector to length 1.
-    :param autocast: float16 weights and arithmetic on a GPU; False for float32. A CPU computes in float32.
-    :param precision: "float32", "float16" or "bfloat16" on any device, instead of what `autocast` says. bfloat16 costs
-        accuracy: a mean cosine of 0.9987 to float32 where float16 has 0.99998.
-    :param use_index_files: keep the shards' indexes in the output's index folder.
-    :param checkpoint: a .safetensors or .pth file with the weights (loaded without pickle).
-    :param loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
-    :param exif: "apply" turns images by their EXIF orientation; timm's own loader does not.
-    :param max_pixels: images with more, by their header, go to quarantine undecoded.
-    :param image_component: the extension of the image to embed where samples have several, such as "left.jpg"; or
-        several of them, "jpg,png": the first one that a sample has.
-    :param decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" is exact where the
-        model is the slower of the two anyway, as the first batches show.
-    :param compile_model: torch.compile, or never; by default where the run is long enough to pay for it.
-    """
+    Args:
+        model_name: A timm name with or without a pretrained tag, `hf-hub:…` or `local-dir:…`.
+        pretrained: Load the tag's weights; False gives random ones, the same on every worker.
+        batch_size: Images per batch; "auto" chooses by device.
+        num_threads_per_worker: Threads that decode; by default the processor cores of the worker's share.
+        image_embedding_column: The name of the new column.
+        normalize_embeddings: Scale each vector to length 1.
+        autocast: float16 weights and arithmetic on a GPU; False for float32. A CPU computes in float32.
+        use_index_files: Keep the shards' indexes in the output's index folder.
+        checkpoint: A .safetensors or .pth file with the weights (loaded without pickle).
+        loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
+        decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" times the first batches
+            and uses the GPU decoder only if exact decoding would slow the model down.
+        exif: "apply" turns images by their EXIF orientation; timm's own loader does not.
+        max_pixels: Images with more, by their header, go to quarantine undecoded.
+        image_component: The extension of the image to embed where samples have several, such as "left.jpg"; or
+            several of them, "jpg,png": the first one that a sample has.
+        precision: "float32", "float16" or "bfloat16" on any device, instead of what `autocast` says. bfloat16 costs
+            accuracy: a mean cosine of 0.9987 to float32 where float16 has 0.99998.
+        compile_model: Always use torch.compile, or never; by default where the run is long enough to pay for it.
 
-    _expected: int = 0
-    """Images that this worker will probably see; 0 where nobody said."""
-    _largest: int = sys.maxsize
-    """Images of the largest batch that this worker has memory for, as far as that was found out."""
+    Raises:
+        InputError: A parameter is out of range.
+
+    Example:
+        >>> embedder = TimmImageEmbedder("vit_base_patch16_clip_224.openai", batch_size=256)
+        >>> session = embedder.open("cuda")
+        >>> vectors = [session.model(batch.images) for batch in session.batches([open_shard("00000.tar")])]
+    """
 
     _planned_weights: str = ""
     """What identified the weights where the run was planned; empty in that process."""
@@ -150,8 +118,9 @@ class TimmImageEmbedder(ImageEmbedder):
         self.compile_model = compile_model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one process, the loader and the resolved weights, but with what identifies these."""
-        state = {k: v for k, v in vars(self).items() if k not in PROCESS_OWNED}
+        """Leave out a session and what is cached, but keep what identifies the weights, if that is known."""
+        left_out = NOT_SENT | cached_properties(type(self))
+        state = {k: v for k, v in vars(self).items() if k not in left_out}
         return state | ({"_planned_weights": self.weights.identity} if "weights" in vars(self) else {})
 
     @functools.cached_property
@@ -170,7 +139,8 @@ class TimmImageEmbedder(ImageEmbedder):
     def preprocessing(self) -> Preprocessing:
         """The data configuration as one plain value.
 
-        :raises NotConvertible: it has no such form; only the reference loader follows it.
+        Raises:
+            NotConvertible: It has no such form; only the reference loader follows it.
         """
         return Preprocessing.from_timm(self.data_config)
 
@@ -185,7 +155,8 @@ class TimmImageEmbedder(ImageEmbedder):
     def check(self) -> None:
         """Resolve the weights now, and see that a checkpoint fits.
 
-        :raises InputError: unknown model, weights that cannot be had, or that are another model's.
+        Raises:
+            InputError: Unknown model, weights that cannot be had, or that are another model's.
         """
         _ = self.weights
         if self.checkpoint is not None:
@@ -202,12 +173,12 @@ class TimmImageEmbedder(ImageEmbedder):
             "model": self.model_name,
             "weights": self.weights.identity,
             "preprocessing": _plain(self.data_config),
-            "precision": self._policy,
+            "precision": precisions.policy(self.precision, self.autocast),
             "normalized": self.normalize_embeddings,
         } | self._choice_of_images()
         if type(self) is TimmImageEmbedder:
             return timm
-        known = self.execution_parameters | PROCESS_OWNED | PARAMETERS | CACHED
+        known = self.execution_parameters | NOT_SENT | {"_planned_weights"} | PARAMETERS
         return timm | {"classes": of_classes(type(self), TimmImageEmbedder), "attributes": self._attributes(known)}
 
     def _choice_of_images(self) -> dict[str, Any]:
@@ -216,48 +187,50 @@ class TimmImageEmbedder(ImageEmbedder):
         usual = {"exif": "ignore", "max_pixels": MAX_PIXELS, "image_component": None}
         return {name: value for name, value in chosen.items() if value != usual[name]}
 
-    @property
-    def _policy(self) -> str:
-        """The precision as the fingerprint says it: `autocast` is a policy, whatever device a worker has."""
-        if self.precision is not Precision.AUTO:
-            return str(self.precision)
-        return "float16 on a GPU" if self.autocast else "float32"
+    def open(self, device: str, images: int = 0) -> TimmSession:
+        """Load the model on a device, together with all that is measured there.
 
-    def expect(self, images: int) -> None:
-        """Compiling pays where this worker has enough of them to do."""
-        self._expected = images
+        Args:
+            device: "cuda" or "cpu".
+            images: How many images this worker will probably see; 0 if unknown. Compiling pays where they are many.
+
+        Raises:
+            InputError: The weights are not those that the run was planned with, or do not fit.
+        """
+        session = TimmSession(self, device, images)
+        _ = session.model
+        return session
+
+    def _session_on(self, device: str) -> TimmSession:
+        """Return the session that this copy belongs to, or a new one for a call outside of any."""
+        session = self._own_session()
+        return session if session is not None and session.device == device else TimmSession(self, device)
+
+    def _own_session(self) -> TimmSession | None:
+        """Return the session that this copy belongs to, if it is one."""
+        reference: weakref.ref[TimmSession] | None = vars(self).get("_session")
+        return reference() if reference else None
 
     def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The timm model in evaluation mode, made quick for batches of `input_batch(device)`.
+        """Load the timm model in evaluation mode, made fast for batches of `input_batch(device)`.
 
-        :return: a callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for.
+        Returns:
+            A callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for.
+
+        Raises:
+            InputError: The weights are not those that the run was planned with, or do not fit.
         """
-        import torch
+        return self._session_on(device).load()
 
-        from embedders.gpu_layers import rewrite
+    def create_model(self) -> torch.nn.Module:
+        """Create the model as timm makes it, on the CPU in float32, without its classifier.
 
-        self._check_weights()
-        dtype = self._dtype(device)
-        model = self.create_model().eval().requires_grad_(False)
-        if device.startswith("cuda"):
-            model = rewrite(model)
-        model = model.to(device=device, dtype=dtype)
-        if self.precision is Precision.FLOAT8:
-            from embedders.float8 import to_float8
+        Raises:
+            InputError: The checkpoint does not fit.
+        """
+        return create_model.create_model(self.model_name, self.weights, self.checkpoint)
 
-            model = to_float8(model, device)
-        convolutional = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) > 2
-        layout = torch.channels_last if convolutional else torch.contiguous_format
-        model = model.to(memory_format=layout)
-        forward = self._prepared(model, device, layout)
-
-        def embed(images: torch.Tensor) -> torch.Tensor:
-            vectors = forward(images.to(device=device, dtype=dtype, memory_format=layout)).float()
-            return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize_embeddings else vectors
-
-        return embed
-
-    def _check_weights(self) -> None:
+    def check_weights(self) -> None:
         """Prove that the weights found here are those that the run was planned with.
 
         Raises:
@@ -269,190 +242,90 @@ class TimmImageEmbedder(ImageEmbedder):
                 f"run was planned with ({self._planned_weights}); give every worker the same file"
             )
 
-    def _prepared(self, model: torch.nn.Module, device: str, layout: torch.memory_format) -> Forward:
-        """The model as fast as it gets here, with what it does in a second noted in `_measured`."""
-        import torch
-
-        from embedders.float8 import ALIKE_IN_FLOAT8
-
-        # Noise, since a model without biases makes zeros of zeros, and those have no direction to compare.
-        noise = torch.randn(self.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-        image = noise.to(device=device, dtype=self._dtype(device))
-        if device.startswith("cuda"):
-            self._measured = self._measure(lambda images: model(images.to(memory_format=layout)), image)
-        alike = ALIKE_IN_FLOAT8 if self.precision is Precision.FLOAT8 else ALIKE
-        while True:
-            size = self.input_batch(device)
-            try:
-                example = _batch_of(image, size, layout)
-                if device == "cpu" and self.compile_model is None and self._expected:
-                    self._measured = Measured(size, images_per_second(model, example, 1, 1))
-                forward = prepare(model, example, self._compiles(device), alike)
-                if device.startswith("cuda"):
-                    self._measured = Measured(len(example), images_per_second(forward, example))
-                return forward
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    what = f"{self.model_name} needs more memory for a single image than there is on this worker"
-                    raise MemoryError(what) from error
-            if device.startswith("cuda"):  # a batch size that was asked for; the engine halves such batches
-                torch.cuda.empty_cache()
-                return model
-            self._largest = max(1, size // LESS)
-            logger.warning("a batch of %d images needs more memory than there is: taking %d", size, self._largest)
-
-    def _compiles(self, device: str) -> bool:
-        if self.compile_model is not None:
-            return self.compile_model
-        if self.precision is Precision.FLOAT8:
-            return True  # each product has its operands scaled and rounded first, which pays only as one kernel
-        measured: Measured | None = getattr(self, "_measured", None)
-        if measured is None or not measured.rate:
-            return False
-        return self._expected / measured.rate > COMPILE_SECONDS[device.partition(":")[0]]
-
-    def _measure(self, model: Forward, image: torch.Tensor) -> Measured:
-        """The batch size to use on this GPU and what the model alone does with it."""
-        import torch
-
-        if self.batch_size == "auto":
-            return best_batch(model, image)
-        try:
-            rate = images_per_second(model, image.expand(self.batch_size, *image.shape).contiguous())
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            rate = 0.0
-        return Measured(self.batch_size, rate)
-
     def input_batch(self, device: str) -> int:
-        """Images of a full batch on `device`; on a GPU with "auto" it is measured when the model is loaded."""
-        if self.batch_size != "auto":
-            return min(self.batch_size, self._largest)
-        measured: Measured | None = getattr(self, "_measured", None)
-        return min(measured.size if measured else AUTO_BATCH_SIZE[device.partition(":")[0]], self._largest)
-
-    def create_model(self) -> torch.nn.Module:
-        """The model as timm makes it, on the CPU in float32, without its classifier.
-
-        :raises InputError: the checkpoint does not fit.
-        """
-        import timm
-        import torch
-
-        head: dict[str, Any] = {} if self.keeps_head else {"num_classes": 0}
-        overlay: dict[str, Any] = {}
-        if self.checkpoint is not None:
-            overlay = {"pretrained_cfg_overlay": {"state_dict": _read_checkpoint(self.checkpoint), "source": ""}}
-        pretrained = self.weights.identity != RANDOM
-
-        def create(seed: int) -> torch.nn.Module:
-            torch.manual_seed(seed)  # random weights must be the same on every worker
-            return timm.create_model(self.model_name, pretrained=pretrained, **overlay, **head)
-
-        if self.checkpoint is None:
-            return self._without_labels(create(0))
-        try:
-            model = create(0)
-            # timm loads what fits. What it left random differs from seed to seed.
-            state, other = model.state_dict(), create(1).state_dict()
-        except (RuntimeError, KeyError) as error:
-            raise InputError(
-                f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: {_first_lines(error)}"
-            ) from error
-        missing = [name for name in state if not torch.equal(state[name], other[name])]
-        if missing:
-            raise InputError(
-                f"checkpoint {self.checkpoint!r} does not fit {self.model_name!r}: "
-                f"it lacks {len(missing)} of {len(state)} tensors, such as {missing[0]}"
-            )
-        return self._without_labels(model)
-
-    def _without_labels(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model without a head that turns out to be a classifier.
-
-        CLIP's projections have no bias, which timm fills in as zeros, and a trained classifier has one. Only EVA-CLIP's
-        have one as well: theirs are told by their width alone.
-        """
-        theirs = self.checkpoint is not None or self.model_name.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
-        if not (theirs and self.keeps_head) or self.weights.architecture.startswith("eva"):
-            return model
-        classifier: Any = model
-        bias = getattr(classifier.get_classifier(), "bias", None)
-        if bias is not None and bool(bias.any()):
-            classifier.reset_classifier(0)
-        return model
-
-    def _dtype(self, device: str) -> torch.dtype:
-        """What the model computes in."""
-        import torch
-
-        if self.precision is Precision.FLOAT8:
-            return torch.float16
-        if self.precision is not Precision.AUTO:
-            return getattr(torch, self.precision)
-        return torch.float16 if self.autocast and device.startswith("cuda") else torch.float32
-
-    def precision_on(self, device: str) -> str:
-        """What the model computes in on a device, such as "float32"."""
-        if self.precision is Precision.FLOAT8:
-            return str(self.precision)
-        return str(self._dtype(device)).removeprefix("torch.")
-
-    def _input_dtype(self, device: str) -> torch.dtype:
-        """What the loader gives: half of the bytes where the model halves them anyway; DALI has no bfloat16."""
-        import torch
-
-        return torch.float16 if self._dtype(device) != torch.float32 and device.startswith("cuda") else torch.float32
+        """Return the images of a full batch on `device`; on a GPU with "auto" a session measures it."""
+        return self._session_on(device).batch_size
 
     def load_dataset_shard(self, tar_path: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-        """Yield `(images, metadata)` of one local tar, the id under "key", on the GPU where there is one."""
+        """Yield `(images, metadata)` of one local tar, the id under "key", on the GPU where there is one.
+
+        `images` is (n, channels, height, width), normalised, float32 or float16.
+        """
         import torch
 
+        session = self._own_session()
+        device = session.device if session else "cuda" if torch.cuda.is_available() else "cpu"
         shard = open_shard(tar_path, image_component=self.image_component)
-        for batch in self.batches([shard], "cuda" if torch.cuda.is_available() else "cpu"):
+        batches = self._own_batches if self._goes_shard_by_shard() else self.batches
+        for batch in batches([shard], device):
             if batch.rows:
                 yield batch.images, [{shard.id_col: shard.ids[row.sample]} for row in batch.rows]
 
+    def _goes_shard_by_shard(self) -> bool:
+        """Whether a subclass overrides `load_dataset_shard`, so that `batches` goes through that."""
+        return type(self).load_dataset_shard is not TimmImageEmbedder.load_dataset_shard
+
     def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
-        """Batches that run on across shards, from one loader that lives as long as this object."""
-        if type(self).load_dataset_shard is not TimmImageEmbedder.load_dataset_shard:
-            yield from super().batches(shards, device)
-            return
-        samples = _encoded(shards)
-        for batch in itertools.chain(self._trial(samples, device), self._rest(samples, device)):
-            yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+        """Yield batches that run on across shards; within a session, from one loader that lives as long as it does."""
+        yield from (
+            super().batches(shards, device) if self._goes_shard_by_shard() else self._own_batches(shards, device)
+        )
 
-    def _rest(self, samples: Iterator[Encoded], device: str) -> Iterator[LoadedBatch]:
-        yield from self._open_loader(device).batches(samples)
+    def _own_batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
+        session = self._session_on(device)
+        try:
+            for (batch,) in session.loader.batches(encoded_images(shards)):
+                yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+        finally:
+            if session.embedder is not self:  # it was opened for this call
+                session.close()
 
-    def _trial(self, samples: Iterator[Encoded], device: str) -> Iterator[LoadedBatch]:
-        """The first batches, decoded exactly; where the model turns out to be faster, the loader is then a fast one."""
-        loader = self._open_loader(device)
-        if getattr(self, "_decided", True):
-            return
-        size = self.input_batch(device)
-        batches, times = [], []
-        for batch in loader.batches(itertools.islice(samples, TRIAL * size)):
-            batches.append(replace(batch, images=batch.images.clone()))  # its memory is valid until the next one only
-            times.append(time.perf_counter())
-        yield from batches
-        if len(batches) < TRIAL:
-            return  # too few to tell; they are done anyway
-        exact, model = (TRIAL - 1) * size / (times[-1] - times[0]), self._measured.rate
-        self._decided = True
-        logger.info("exact decoding gives %.0f images/s, the model takes %.0f", exact, model)
-        if exact < model:
-            loader.close()
-            self._loader = self._build_loader(device, fast=True)
+    @property
+    def decode_options(self) -> DecodeOptions:
+        """How the images are decoded.
+
+        Raises:
+            InputError: DALI is asked for and cannot follow the model's transform.
+        """
+        kind, mode = LoaderKind.REFERENCE, "RGB"
+        try:
+            mode = self.preprocessing.mode
+            if self.loader is not LoaderKind.REFERENCE:
+                kind = LoaderKind.DALI
+        except NotConvertible as why:
+            if self.loader is LoaderKind.DALI:
+                what = f"DALI cannot follow its transform ({why}); use --loader auto"
+                raise InputError(f"{self.model_name}: {what}") from why
+        return DecodeOptions(kind, self.decode, mode, self.exif == "apply", self.max_pixels, self.image_component)
+
+    def model_input(self, device: str) -> ModelInput:
+        """Return what the model wants of each decoded image."""
+        try:
+            preprocessing = self.preprocessing
+        except NotConvertible:
+            preprocessing = sizes(self.data_config)
+        dtype = precisions.input_dtype(self.precision, self.autocast, device)
+        return ModelInput(timm_transform(self.data_config), preprocessing, dtype)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decode: as asked for, else this worker's share of the cores."""
+        return self.num_threads_per_worker or _available_cores()
+
+    def model_dtype(self, device: str) -> torch.dtype:
+        """Return what the model's weights and activations are on a device."""
+        return precisions.model_dtype(self.precision, self.autocast, device)
+
+    def precision_on(self, device: str) -> str:
+        """Return what the model computes in on a device, such as "float32"."""
+        return precisions.name_on(self.precision, self.autocast, device)
 
     def not_finite(self, device: str) -> str:
         """Return what a quarantine row says of NaN, with the way out where the model computed in half precision."""
         import torch
 
         what = super().not_finite(device)
-        if self._dtype(device) != torch.float16:
+        if self.model_dtype(device) != torch.float16:
             return what
         way = "--no-autocast" if self.precision is Precision.AUTO else "--precision float32"
         return f"{what}: float16 may be too narrow for it; {way} helps, it computes in float32"
@@ -470,8 +343,9 @@ class TimmImageEmbedder(ImageEmbedder):
 
     @property
     def decoder(self) -> str:
-        """ "exact" or "fast" for DALI's decoders, "reference" for Pillow; empty until the first batch."""
-        return getattr(self, "_decoder", "")
+        """What decoded the images of the session that this copy belongs to; empty outside of one."""
+        session = self._own_session()
+        return session.decoder if session else ""
 
     def accepts(self, decoder: str) -> bool:
         """A shard decoded more exactly than asked for is as good; one decoded less exactly is to be done again."""
@@ -479,83 +353,16 @@ class TimmImageEmbedder(ImageEmbedder):
             return decoder == "reference"
         return self.decode != "exact" or decoder != "fast"
 
-    def _open_loader(self, device: str) -> Loader:
-        if not hasattr(self, "_loader"):
-            on_gpu = device.startswith("cuda")
-            measured: Measured | None = getattr(self, "_measured", None)
-            rate = measured.rate if measured and on_gpu and self.decode == "auto" else 0.0
-            fast = rate > NO_CORE_DECODES * self._threads or (on_gpu and self.decode == "fast")
-            self._loader = self._build_loader(device, fast)
-            self._decided = not (rate and self._decoder == "exact")
-        return self._loader
-
-    def _build_loader(self, device: str, fast: bool) -> Loader:
-        from embedders.dali import DaliLoader, Decode
-        from embedders.reference import ReferenceLoader
-
-        common: dict[str, Any] = {
-            "transform": timm_transform(self.data_config),
-            "batch_size": self.input_batch(device),
-            "num_threads": self._threads,
-            "device": device,
-            "dtype": self._input_dtype(device),
-            "apply_exif": self.exif == "apply",
-            "max_pixels": self.max_pixels,
-        }
-        try:
-            preprocessing = self.preprocessing
-        except NotConvertible as why:
-            self._decoder = "reference"
-            if self.loader is LoaderKind.DALI:
-                raise InputError(
-                    f"{self.model_name}: DALI cannot follow its transform ({why}); use --loader auto"
-                ) from why
-            return ReferenceLoader(preprocessing=sizes(self.data_config), **common)
-        if self.loader is LoaderKind.REFERENCE:
-            self._decoder = "reference"
-            return ReferenceLoader(preprocessing=preprocessing, mode=preprocessing.mode, **common)
-        decode = Decode.FAST if fast else Decode.EXACT
-        self._decoder = str(decode)
-        if fast:
-            # Half of the cores are enough to keep the hardware decoder busy, and the others serve the rest: 29,800
-            # images/s with 8 threads on 16 cores, 22,200 with 16.
-            common["num_threads"] = max(1, self._threads // 2)
-        return DaliLoader(preprocessing=preprocessing, decode=decode, **common)
-
-    @property
-    def _threads(self) -> int:
-        return self.num_threads_per_worker or _available_cores()
-
 
 PARAMETERS = frozenset(inspect.signature(TimmImageEmbedder.__init__).parameters)
-CACHED = frozenset(k for k, v in vars(TimmImageEmbedder).items() if isinstance(v, functools.cached_property))
 """Attributes of a subclass that the fingerprint of its parent covers."""
 
 
-def _encoded(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
-    """Every image of a stream of shards that is worth looking at."""
+def encoded_images(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
+    """Yield every image of a stream of shards that is worth looking at, tagged with its `Row`."""
     for number, shard in enumerate(shards):
         for i, data, header in shard.encoded():
             yield Encoded(Row(number, i), data, header)
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    """A state dict from safetensors, or from a torch file without running its pickle."""
-    from timm.models import load_state_dict
-
-    try:
-        return load_state_dict(path, weights_only=True)
-    except Exception as error:  # torch, pickle and safetensors each raise their own
-        raise InputError(f"cannot read checkpoint {path!r}: {_first_lines(error)}") from error
-
-
-def _first_lines(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _batch_of(image: torch.Tensor, size: int, layout: torch.memory_format) -> torch.Tensor:
-    """`size` times the image (channels, height, width)."""
-    return image.expand(size, *image.shape).contiguous(memory_format=layout)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -563,5 +370,5 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _available_cores() -> int:
-    """This worker's share of the cores: what its cluster says, else all that the process may use."""
+    """Return this worker's share of the cores: what its cluster says, else all that the process may use."""
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

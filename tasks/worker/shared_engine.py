@@ -288,5 +288,4 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
 
 
 def _make(embedder: ImageEmbedder, device: str, images: int) -> Engine:
-    embedder.expect(images)
-    return Engine(embedder, device)
+    return Engine(embedder, device, images)
