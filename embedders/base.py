@@ -75,11 +75,19 @@ class ImageEmbedder(ABC):
         """Ask a dataset to embed itself with this embedder; lazy, as the dataset decides."""
         return dataset.embed_with(self)
 
-    def fingerprint(self) -> dict[str, Any]:
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the arrays that the loaded model gives; one that gives a mapping names them here."""
+        return (self.image_embedding_column,)
+
+    def fingerprint(self, layer: str | None = None) -> dict[str, Any]:
         """Return what the vectors depend on, as plain JSON: equal fingerprints give equal vectors.
 
         It covers the source of every class between this one and ours, so whatever method they override, and every
         attribute that is not in `execution_parameters`.
+
+        Args:
+            layer: One of `layers`; by default the first.
 
         Raises:
             InputError: An attribute has no stable representation.

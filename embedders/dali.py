@@ -18,7 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ from PIL import Image
 from embedders.image_headers import inspect
 from embedders.images import MAX_PIXELS, is_rotated
 from embedders.loader import Encoded, LoadedBatch, ModelInput
-from embedders.preprocess import Interpolation, Preprocessing
+from embedders.preprocess import CropMode, Interpolation, Preprocessing
 from embedders.reference import Reference, collect, to_device
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ class DaliLoader:
             raise ValueError("Decode.FAST decodes on a GPU: use Decode.EXACT on the CPU")
         self._inputs = inputs
         self._preprocessings = [_known(each.preprocessing) for each in inputs]
+        self._resizes = _resizes(self._preprocessings)
         self._decode = decode
         self._batch_size = batch_size
         self._num_threads = num_threads
@@ -376,19 +377,32 @@ class DaliLoader:
     def _feed(self, pipeline: Any, images: list[np.ndarray], sizes: np.ndarray, fits: np.ndarray) -> None:
         """Hand one batch to a pipeline. `images` are not copied: they must outlive the iteration."""
         pipeline.feed_input("encoded", images)
-        for number, preprocessing in enumerate(self._preprocessings):
-            fit = fits[number]
+        for number, resize in enumerate(self._resizes):
+            # Inputs of one resize fit alike, since only the resize decides it.
+            fit = next(fit for fit, each in zip(fits, self._preprocessings, strict=True) if _resize(each) == resize)
             heights, widths = np.where(fit[:, None], sizes, _START_SIDE).T
-            where = windows(preprocessing, heights, widths)
+            where = windows(resize, heights, widths)
             if not fit.all():
-                where = _first_pixel_instead(where, preprocessing, ~fit)
+                where = _first_pixel_instead(where, resize, ~fit)
             for name, values in where._asdict().items():
-                if name != "origin" or preprocessing.pads:
+                if name != "origin" or resize.pads:
                     pipeline.feed_input(f"{name}_{number}", values)
 
 
 _START_SIDE = 64
 """Side of the image that a pipeline is started with, in pixels."""
+
+
+def _resize(preprocessing: Preprocessing) -> Preprocessing:
+    """Return a preprocessing without its normalisation: those that are equal then share one resize and crop."""
+    zero, one = (0.0,) * preprocessing.channels, (1.0,) * preprocessing.channels
+    mean = preprocessing.mean if preprocessing.crop_mode is CropMode.BORDER else zero  # it is the colour of the border
+    return replace(preprocessing, mean=mean, std=one)
+
+
+def _resizes(preprocessings: Sequence[Preprocessing]) -> list[Preprocessing]:
+    """Return the different resizes of some preprocessings."""
+    return list(dict.fromkeys(map(_resize, preprocessings)))
 
 
 def _first_pixel_instead(where: Windows, preprocessing: Preprocessing, unfit: np.ndarray) -> Windows:
@@ -437,7 +451,9 @@ def _pipeline(
         images = _decoded(decode, on_gpu)
         if _known(inputs[0].preprocessing).channels == 1:
             images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-        pipeline.set_outputs(*(_preprocessed(images, number, each) for number, each in enumerate(inputs)))
+        resizes = _resizes([_known(each.preprocessing) for each in inputs])
+        resized = {resize: _resized(images, number, resize) for number, resize in enumerate(resizes)}
+        pipeline.set_outputs(*(_normalised(resized[_resize(_known(each.preprocessing))], each) for each in inputs))
     return pipeline
 
 
@@ -460,14 +476,12 @@ def _decoded(decode: Decode, on_gpu: bool) -> Any:
     return images.gpu() if on_gpu and not fast else images
 
 
-def _preprocessed(images: Any, number: int, model_input: ModelInput) -> Any:
-    """Add to the current pipeline: timm's transform for one input, told per image by its `Windows`."""
+def _resized(images: Any, number: int, preprocessing: Preprocessing) -> Any:
+    """Add to the current pipeline: timm's resize and crop, told per image by its `Windows`; 8-bit pixels."""
     import nvidia.dali.types as dali_types
-    import torch
     from nvidia.dali import fn
 
     types: Any = dali_types
-    preprocessing = _known(model_input.preprocessing)
     interpolation = getattr(types, _INTERPOLATION[preprocessing.interpolation])
 
     def told(name: str, kind: Any = types.FLOAT) -> Any:
@@ -483,15 +497,26 @@ def _preprocessed(images: Any, number: int, model_input: ModelInput) -> Any:
             antialias=True,
             dtype=types.UINT8,
         )
-    if preprocessing.pads:
-        images = fn.slice(
-            images,
-            start=told("origin", types.INT32),
-            shape=(preprocessing.height, preprocessing.width),
-            axes=(0, 1),
-            out_of_bounds_policy="pad",
-            fill_values=preprocessing.fill,
-        )
+    if not preprocessing.pads:
+        return images
+    return fn.slice(
+        images,
+        start=told("origin", types.INT32),
+        shape=(preprocessing.height, preprocessing.width),
+        axes=(0, 1),
+        out_of_bounds_policy="pad",
+        fill_values=preprocessing.fill,
+    )
+
+
+def _normalised(images: Any, model_input: ModelInput) -> Any:
+    """Add to the current pipeline: the images as one input wants them, (channels, height, width) of its dtype."""
+    import nvidia.dali.types as dali_types
+    import torch
+    from nvidia.dali import fn
+
+    types: Any = dali_types
+    preprocessing = _known(model_input.preprocessing)
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT16 if model_input.dtype == torch.float16 else types.FLOAT,

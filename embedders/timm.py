@@ -19,7 +19,7 @@ from embedders.base import ImageEmbedder, Row, ShardBatch
 from embedders.errors import InputError
 from embedders.fingerprint import cached_properties, of_classes
 from embedders.images import MAX_PIXELS
-from embedders.loader import Encoded, ModelInput
+from embedders.loader import Encoded, LoadedBatch, ModelInput
 from embedders.open_loader import DecodeOptions, LoaderKind
 from embedders.precision import Precision
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
@@ -56,7 +56,10 @@ class TimmImageEmbedder(ImageEmbedder):
             several of them, "jpg,png": the first one that a sample has.
         precision: "float32", "float16" or "bfloat16" on any device, instead of what `autocast` says. bfloat16 costs
             accuracy: a mean cosine of 0.9987 to float32 where float16 has 0.99998.
-        compile_model: Always use torch.compile, or never; by default where the run is long enough to pay for it.
+        compile_model: Always use torch.compile, or never; by default where the run is long enough to pay for it. A
+            model that gives tokens is not compiled.
+        output_tokens: Give the model's tokens too, as a layer named by the column and `_tokens`: what
+            `forward_features` gives, (tokens, dimensions) per image, prefix tokens included, not normalised.
 
     Raises:
         InputError: A parameter is out of range.
@@ -96,6 +99,7 @@ class TimmImageEmbedder(ImageEmbedder):
         image_component: str | None = None,
         precision: str = "auto",
         compile_model: bool | None = None,
+        output_tokens: bool = False,
     ) -> None:
         super().__init__(model_name, image_embedding_column, classifiers)
         if batch_size != "auto" and batch_size < 1:
@@ -116,6 +120,7 @@ class TimmImageEmbedder(ImageEmbedder):
         self.image_component = image_component
         self.precision = Precision(precision)
         self.compile_model = compile_model
+        self.output_tokens = output_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out a session and what is cached, but keep what identifies the weights, if that is known."""
@@ -162,12 +167,25 @@ class TimmImageEmbedder(ImageEmbedder):
         if self.checkpoint is not None:
             self.create_model()
 
-    def fingerprint(self) -> dict[str, Any]:
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the arrays that the loaded model gives: the column, and the tokens if they are asked for."""
+        column = self.image_embedding_column
+        return (column, f"{column}_tokens") if self.output_tokens else (column,)
+
+    def fingerprint(self, layer: str | None = None) -> dict[str, Any]:
         """Return model, weights, preprocessing, precision and normalisation, and of a subclass its code and attributes.
 
+        Args:
+            layer: One of `layers`; the pooled vectors by default, whose fingerprint is the same with tokens beside it.
+
         Raises:
-            InputError: The weights cannot be had, or an attribute of a subclass has no stable representation.
+            InputError: The weights cannot be had, an attribute of a subclass has no stable representation, or there is
+                no such layer.
         """
+        if layer not in (None, *self.layers):
+            raise InputError(f"{self.model_name} gives no layer {layer!r}; it gives {', '.join(self.layers)}")
+        output = {"output": "tokens"} if layer not in (None, self.image_embedding_column) else {}
         timm = {
             "embedder": type(self).__qualname__,
             "model": self.model_name,
@@ -175,7 +193,8 @@ class TimmImageEmbedder(ImageEmbedder):
             "preprocessing": _plain(self.data_config),
             "precision": precisions.policy(self.precision, self.autocast),
             "normalized": self.normalize_embeddings,
-        } | self._choice_of_images()
+        }
+        timm |= self._choice_of_images() | output
         if type(self) is TimmImageEmbedder:
             return timm
         known = self.execution_parameters | NOT_SENT | {"_planned_weights"} | PARAMETERS
@@ -211,14 +230,16 @@ class TimmImageEmbedder(ImageEmbedder):
         reference: weakref.ref[TimmSession] | None = vars(self).get("_session")
         return reference() if reference else None
 
-    def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], Any]:
         """Load the timm model in evaluation mode, made fast for batches of `input_batch(device)`.
 
         Returns:
-            A callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for.
+            A callable from (n, channels, height, width) to (n, dimensions) float32, normalised if asked for. With
+            `output_tokens`, to a dict from each of `layers` to its array: these, and (n, tokens, dimensions) float32.
 
         Raises:
-            InputError: The weights are not those that the run was planned with, or do not fit.
+            InputError: The weights are not those that the run was planned with, or do not fit, or the model has no
+                tokens to give.
         """
         return self._session_on(device).load()
 
@@ -274,8 +295,8 @@ class TimmImageEmbedder(ImageEmbedder):
     def _own_batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
         session = self._session_on(device)
         try:
-            for (batch,) in session.loader.batches(encoded_images(shards)):
-                yield ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
+            for loaded in session.loader.batches(encoded_images(shards)):
+                yield shard_batch(loaded[session.input_number])
         finally:
             if session.embedder is not self:  # it was opened for this call
                 session.close()
@@ -363,6 +384,11 @@ def encoded_images(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
     for number, shard in enumerate(shards):
         for i, data, header in shard.encoded():
             yield Encoded(Row(number, i), data, header)
+
+
+def shard_batch(batch: LoadedBatch) -> ShardBatch:
+    """Return a batch of the images that `encoded_images` gave."""
+    return ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from embedders.batch_size import AUTO_BATCH_SIZE, Measured, images_per_second, measure
 from embedders.compile import ALIKE, COMPILE_SECONDS, prepare
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from embedders.base import ShardBatch
-    from embedders.compile import Forward
+    from embedders.loader import ModelInput
     from embedders.timm import TimmImageEmbedder
     from embedders.webdataset import OpenShard
 
@@ -30,7 +30,10 @@ LESS = 8
 
 
 class _Placed(NamedTuple):
-    """A model on its device, in its precision and memory layout, and an image for it: (channels, height, width)."""
+    """A model on its device, in its precision and memory layout, and an image for it: (channels, height, width).
+
+    The model gives (n, dimensions), or a pair of these and (n, tokens, dimensions).
+    """
 
     model: torch.nn.Module
     layout: torch.memory_format
@@ -58,6 +61,8 @@ class TimmSession(Session):
         """Images of the largest batch that this worker has memory for, or that sessions beside this one agree on."""
         self._placed: _Placed | None = None
         self._loader: ChosenLoader | None = None
+        self.input_number = 0
+        """Which of the loader's inputs is this session's."""
 
     @property
     def on_gpu(self) -> bool:
@@ -81,7 +86,8 @@ class TimmSession(Session):
     def loader(self) -> ChosenLoader:
         """The loader, which is opened when it is first asked for and lives as long as the session."""
         if self._loader is None:
-            self._loader = open_chosen_loader([self])
+            open_loader_for([self])
+        assert self._loader is not None
         return self._loader
 
     def batches(self, shards: Iterable[OpenShard]) -> Iterator[ShardBatch]:
@@ -89,7 +95,7 @@ class TimmSession(Session):
         yield from self.embedder.batches(shards, self.device)
 
     def close(self) -> None:
-        """Free the model, and the loader with its threads and device memory."""
+        """Free the model, and the loader with its threads and device memory, also for sessions that share it."""
         super().close()
         self._placed = None
         if self._loader is not None:
@@ -100,6 +106,7 @@ class TimmSession(Session):
         """Put the model on the device; on a GPU, measure which batch size suits it. Called again, it does nothing."""
         if self._placed is not None:
             return
+        self.embedder.check_weights()
         self._placed = placed = _place(self.embedder, self.device)
         if self.on_gpu:
             self.measured = measure(
@@ -108,38 +115,40 @@ class TimmSession(Session):
                 self.embedder.batch_size,
             )
 
-    def load(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def load(self) -> Callable[[torch.Tensor], Any]:
         """Load the model and make it fast for batches of `batch_size`; see `TimmImageEmbedder.load_embedding_model`."""
         import torch
 
-        self.embedder.check_weights()
         self.place()
         assert self._placed is not None
         placed, self._placed = self._placed, None
-        forward = self._fast(placed)
+        forward: Callable[[torch.Tensor], Any] = self._fast(placed)
         device, layout, dtype = self.device, placed.layout, placed.image.dtype
-        normalize = self.embedder.normalize_embeddings
+        normalize, layers = self.embedder.normalize_embeddings, self.embedder.layers
 
         def embed(images: torch.Tensor) -> torch.Tensor:
             vectors = forward(images.to(device=device, dtype=dtype, memory_format=layout)).float()
             return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-        return embed
+        def embed_with_tokens(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            pooled, tokens = forward(images.to(device=device, dtype=dtype, memory_format=layout))
+            vectors = pooled.float()
+            vectors = torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+            return dict(zip(layers, (vectors, tokens.float()), strict=True))
 
-    def _fast(self, placed: _Placed) -> Forward:
+        return embed_with_tokens if self.embedder.output_tokens else embed
+
+    def _fast(self, placed: _Placed) -> Callable[[torch.Tensor], Any]:
         """Return the model as fast as it gets here, with what it does in a second noted in `measured`."""
         import torch
 
-        from embedders.float8 import ALIKE_IN_FLOAT8
-
-        alike = ALIKE_IN_FLOAT8 if self.embedder.precision is Precision.FLOAT8 else ALIKE
         while True:
             size = self.batch_size
             try:
                 example = placed.image.expand(size, *placed.image.shape).contiguous(memory_format=placed.layout)
                 if self.device == "cpu" and self.embedder.compile_model is None and self.images:
                     self.measured = Measured(size, images_per_second(placed.model, example, 1, 1))
-                forward = prepare(placed.model, example, self._compiles(), alike)
+                forward = self._prepared(placed.model, example)
                 if self.on_gpu:
                     self.measured = Measured(size, images_per_second(forward, example))
                 return forward
@@ -155,6 +164,19 @@ class TimmSession(Session):
                 return placed.model
             self.batch_limit = max(1, size // LESS)
             logger.warning("a batch of %d images needs more memory than there is: taking %d", size, self.batch_limit)
+
+    def _prepared(self, model: torch.nn.Module, example: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+        """Return the model compiled and recorded for batches like `example`; with tokens, as it is, run once."""
+        import torch
+
+        from embedders.float8 import ALIKE_IN_FLOAT8
+
+        if self.embedder.output_tokens:
+            with torch.inference_mode():
+                model(example)
+            return model
+        alike = ALIKE_IN_FLOAT8 if self.embedder.precision is Precision.FLOAT8 else ALIKE
+        return prepare(model, example, self._compiles(), alike)
 
     def _compiles(self) -> bool:
         if self.embedder.compile_model is not None:
@@ -185,20 +207,39 @@ def _place(embedder: TimmImageEmbedder, device: str) -> _Placed:
     layout = torch.channels_last if convolutional else torch.contiguous_format
     # Noise, since a model without biases makes zeros of zeros, and those have no direction to compare.
     noise = torch.randn(embedder.data_config["input_size"], generator=torch.Generator().manual_seed(0))
-    return _Placed(model.to(memory_format=layout), layout, noise.to(device=device, dtype=dtype))
+    model, image = model.to(memory_format=layout), noise.to(device=device, dtype=dtype)
+    if embedder.output_tokens:
+        from embedders.tokens import with_tokens
+
+        model = with_tokens(model, image, embedder.model_name)
+    return _Placed(model, layout, image)
 
 
-def open_chosen_loader(sessions: Sequence[TimmSession]) -> ChosenLoader:
-    """Open the loader of sessions whose images are decoded in the same way, for each the input that it wants."""
+def open_loader_for(sessions: Sequence[TimmSession]) -> None:
+    """Open one loader for sessions whose images are decoded in the same way.
+
+    Sessions that want the same input get the very same tensor. Batches have the size of the smallest.
+    """
     first = sessions[0]
-    return ChosenLoader(
+    wanted: list[tuple[dict[str, Any], torch.dtype | None]] = []
+    inputs: list[ModelInput] = []
+    for session in sessions:
+        model_input = session.embedder.model_input(session.device)
+        want = session.embedder.data_config, model_input.dtype
+        if want not in wanted:
+            wanted.append(want)
+            inputs.append(model_input)
+        session.input_number = wanted.index(want)
+    loader = ChosenLoader(
         first.embedder.decode_options,
-        [session.embedder.model_input(session.device) for session in sessions],
+        inputs,
         batch_size=min(session.batch_size for session in sessions),
-        num_threads=first.embedder.num_threads,
+        num_threads=max(session.embedder.num_threads for session in sessions),
         device=first.device,
         model_rate=rate_together([session.measured.rate if session.measured else 0.0 for session in sessions]),
     )
+    for session in sessions:
+        session._loader = loader
 
 
 def rate_together(rates: Sequence[float]) -> float:

@@ -70,7 +70,7 @@ def test_use_leaves_nothing_on_the_embedder(shard: OpenShard) -> None:
     embedder = small()
     before = embedder.fingerprint()
     attributes, pickled = dict(vars(embedder)), pickle.dumps(embedder)
-    session = embedder.open("cpu", images=10**9)
+    session = embedder.open("cpu", images=IMAGES)
     assert len(embed(session, shard)) == IMAGES
     assert (session.decoder, embedder.decoder) == ("exact", "")
     assert vars(embedder) == attributes
