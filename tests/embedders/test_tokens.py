@@ -87,7 +87,7 @@ def test_fingerprints_of_the_layers() -> None:
     plain, both = embedder_of(tokens=False), embedder_of()
     assert both.fingerprint() == both.fingerprint("image_embedding") == plain.fingerprint()
     assert both.fingerprint("image_embedding_tokens") == plain.fingerprint() | {"output": "tokens"}
-    with pytest.raises(InputError, match="gives no layer 'image_embedding_tokens'; it gives image_embedding$"):
+    with pytest.raises(InputError, match=r"gives no layer 'image_embedding_tokens'; it gives image_embedding$"):
         plain.fingerprint("image_embedding_tokens")
     copy = pickle.loads(pickle.dumps(both))
     assert copy.layers == both.layers
