@@ -1,4 +1,4 @@
-"""A model made quick for one batch size: compiled where the run is long enough, recorded as a CUDA graph on a GPU.
+"""Make a model fast for one batch size: compiled where the run is long enough, recorded as a CUDA graph on a GPU.
 
 A vision transformer's forward pass starts some two hundred kernels. Beside a decoder that uses the same driver each
 start waits its turn, and the GPU waits with it; a graph is one start.
@@ -31,13 +31,13 @@ class Prepared:
     """A model with a faster way for batches of up to the prepared size: `buffer`, (size, channels, height, width)."""
 
     def __init__(self, model: Forward, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
-        """`run` gives the model's output for what is in `buffer`, into memory that it may use again."""
+        """Take `run`, which gives the model's output for what is in `buffer`, in memory that it may use again."""
         self._model = model
         self._run = run
         self._buffer = buffer
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's output, one row an image, in memory of its own."""
+        """Return the model's output, one row per image, in memory of its own."""
         count, size = len(images), len(self._buffer)
         if count > size or 2 * count < size:
             return self._model(images)
@@ -46,7 +46,9 @@ class Prepared:
 
 
 def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike: float = ALIKE) -> Forward:
-    """The model's fastest way for batches like `images`, (size, channels, height, width), that gives the same vectors.
+    """Return the fastest form of a model that gives the same vectors, for batches like `images`.
+
+    `images` is (size, channels, height, width).
 
     What does not work for a model (no compiler, an operator that cannot be recorded, other vectors) is left out with a
     warning. Vectors are the same if their cosine is at least `alike`.
@@ -97,7 +99,7 @@ def _calling(forward: Forward, buffer: torch.Tensor) -> Callable[[], torch.Tenso
 
 
 def _recorded(forward: Forward, buffer: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The kernels that `forward` starts for `buffer`, as one CUDA graph."""
+    """Record the kernels that `forward` starts for `buffer` as one CUDA graph."""
     import torch
 
     warm_up = torch.cuda.Stream()

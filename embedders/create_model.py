@@ -63,7 +63,7 @@ def _with_checkpoint(model_name: str, weights: Weights, checkpoint: str) -> torc
 
 
 def _may_have_labels(weights: Weights) -> bool:
-    """Whether a head that is as wide as a projection may be a classifier. EVA-CLIP's are told by their width alone."""
+    """Return whether a head as wide as a projection may be a classifier; EVA-CLIP's are told by their width alone."""
     return weights.may_project and not weights.architecture.startswith("eva")
 
 

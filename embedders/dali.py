@@ -98,7 +98,7 @@ class _Axis(NamedTuple):
 
 
 def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) -> Windows:
-    """The windows for n images of heights x widths (shape (n,))."""
+    """Return the windows for n images of heights x widths (shape (n,))."""
     resize_h, resize_w, crop_top, crop_left = preprocessing.geometries(heights, widths)
     support = preprocessing.interpolation.support
     y = _axis(heights, resize_h, crop_top, preprocessing.height, support)
@@ -119,7 +119,7 @@ def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarra
 
 
 def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray, resize_w: np.ndarray) -> np.ndarray:
-    """Whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
+    """Return whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
 
     Up to Pillow 12 it never does. Pillow 13 does if the height shrinks much more than the width
     (python-pillow/Pillow#9549). The order shows, because the result of the first pass is rounded to 8 bits.
@@ -130,7 +130,7 @@ def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray
 
 
 def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, support: float) -> _Axis:
-    """One axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
+    """Return one axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
     low, high = np.maximum(origin, 0), np.minimum(origin + crop, resized)
     scale = size / resized
     reach = support * np.maximum(scale, 1) + 2  # two to spare
@@ -355,7 +355,7 @@ class DaliLoader:
             self._pipelines = []
 
     def _build(self) -> Any:
-        """A pipeline, which has run once.
+        """Build a pipeline and run it once.
 
         The first `schedule_run` of a pipeline starts DEPTH iterations, the later ones one each. So the first is spent
         here on tiny images, which also brings an error in the installation to light where it can be understood. They
@@ -545,7 +545,7 @@ def _tiny_jpeg(side: int) -> np.ndarray:
 
 
 def _cause(error: RuntimeError) -> str:
-    """The line of DALI's message that says what is wrong."""
+    """Return the line of DALI's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
     return after[0][:200] if after else type(error).__name__

@@ -176,7 +176,7 @@ class ReferenceLoader:
         return LoadedBatch(to_device(images, self._device, self._inputs[number].dtype), tags, rejected)
 
     def _no_images(self, number: int) -> torch.Tensor:
-        """(0, channels, height, width), the sizes being what the transform makes of some image."""
+        """Return (0, channels, height, width), the sizes being what the transform makes of some image."""
         if number not in self._empty:
             import torch
             from PIL import Image

@@ -201,7 +201,7 @@ class TimmImageEmbedder(ImageEmbedder):
         return timm | {"classes": of_classes(type(self), TimmImageEmbedder), "attributes": self._attributes(known)}
 
     def _choice_of_images(self) -> dict[str, Any]:
-        """What else decides which pixels are embedded, where it is not as usual: usual keys stay short and stable."""
+        """Return what else decides which pixels are embedded; defaults are left out, so usual keys stay stable."""
         chosen = {"exif": self.exif, "max_pixels": self.max_pixels, "image_component": self.image_component}
         usual = {"exif": "ignore", "max_pixels": MAX_PIXELS, "image_component": None}
         return {name: value for name, value in chosen.items() if value != usual[name]}
@@ -283,7 +283,7 @@ class TimmImageEmbedder(ImageEmbedder):
                 yield batch.images, [{shard.id_col: shard.ids[row.sample]} for row in batch.rows]
 
     def _goes_shard_by_shard(self) -> bool:
-        """Whether a subclass overrides `load_dataset_shard`, so that `batches` goes through that."""
+        """Return whether a subclass overrides `load_dataset_shard`, so that `batches` goes through that."""
         return type(self).load_dataset_shard is not TimmImageEmbedder.load_dataset_shard
 
     def batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
@@ -369,7 +369,7 @@ class TimmImageEmbedder(ImageEmbedder):
         return session.decoder if session else ""
 
     def accepts(self, decoder: str) -> bool:
-        """A shard decoded more exactly than asked for is as good; one decoded less exactly is to be done again."""
+        """Return whether a shard was decoded at least as exactly as asked for; if not, it is done again."""
         if self.loader is LoaderKind.REFERENCE:
             return decoder == "reference"
         return self.decode != "exact" or decoder != "fast"
