@@ -61,8 +61,8 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     :return: how many samples there are, the members that are none, and why there may be more.
     """
     opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
-    check_metadata(shard, id_col, opened.ids, unique=False)
-    return len(opened.ids), opened.index.ignored, opened.index.doubt
+    check_metadata(shard, id_col, opened.samples.ids, unique=False)
+    return opened.count, opened.index.ignored, opened.index.doubt
 
 
 @task(

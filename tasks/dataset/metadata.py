@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
@@ -49,10 +50,10 @@ def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
+def check_metadata(shard: Shard, id_col: str, ids: pa.Array | None = None, *, unique: bool = True) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
-    :param ids: the samples' ids, where the tar was looked at.
+    :param ids: the samples' ids as strings, where the tar was looked at.
     :param unique: whether a repeated id is an error; otherwise its first row is the one that is joined.
     :raises InputError: it does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is
         a sample's.
@@ -68,12 +69,12 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
     again = repeated(texts)
     if unique and len(again):
         raise repeated_id(where, column[int(again[0])].as_py(), int(again[0]))
-    if not ids:
+    if ids is None or not len(ids):
         return
-    rows = set(texts.drop_null().to_pylist())
-    partners = sum(sample in rows for sample in set(ids))
-    if rows:
-        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (min(rows), ids[0]))
+    rows = pc.unique(texts.drop_null()).cast(ids.type)
+    partners = pc.sum(pc.is_in(rows, ids), min_count=0).as_py()
+    if len(rows):
+        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (pc.min(rows).as_py(), ids[0].as_py()))
 
 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
