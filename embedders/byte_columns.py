@@ -1,4 +1,4 @@
-"""Columns of byte strings in Arrow's memory: names in a tar need not be UTF-8, and a Python object each takes 60 bytes."""
+"""Columns of byte strings in Arrow's memory: a name in a tar need not be UTF-8, and as an object it takes 60 bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def byte_column(data: bytes | np.ndarray, offsets: np.ndarray) -> pa.LargeBinary
 
 
 def bytes_and_offsets(column: pa.LargeBinaryArray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes of some rows, (b,) uint8, and where in them each row begins and the last ends, (n + 1,) int64."""
+    """Return the bytes of n rows, (b,) uint8, and where in them each row begins and the last ends, (n + 1,) int64."""
     count = rows.stop - rows.start
     if not count:
         return np.zeros(0, np.uint8), np.zeros(1, np.int64)

@@ -141,9 +141,7 @@ class TarIndex:
         return cls.grouped(members, dots, ignored, doubt)
 
     @classmethod
-    def grouped(
-        cls, members: Members, dots: np.ndarray, ignored: Ignored = NONE_IGNORED, doubt: str = ""
-    ) -> TarIndex:
+    def grouped(cls, members: Members, dots: np.ndarray, ignored: Ignored = NONE_IGNORED, doubt: str = "") -> TarIndex:
         """Return the index of members that are all part of a sample.
 
         Args:

@@ -166,9 +166,7 @@ def _walk(data: Any, members: _Found) -> str:
         elif kind != ord("g"):
             name = described.get("path") or described.get("L") or _header_name(header)
             if kind in _LINKS:
-                members.links[len(members)] = (
-                    described.get("linkpath") or described.get("K") or _text(header[157:257])
-                )
+                members.links[len(members)] = described.get("linkpath") or described.get("K") or _text(header[157:257])
             members.add(name, kind, start, size)
             described = {}
         at = start + -(-size // BLOCK) * BLOCK

@@ -64,7 +64,7 @@ def _checksum(first: str, body: bytes) -> str:
 
 
 def parse_index(text: str, fingerprint: str, key_dot: KeyDot | None = "first") -> TarIndex | None:
-    """Return the index that `format_index` wrote for the tar with this fingerprint; None for another's or a damaged one.
+    """Return the index that `format_index` wrote for the tar with this fingerprint; None for any other text.
 
     Args:
         text: The whole file.

@@ -124,8 +124,10 @@ class OpenShard:
         """Every image worth looking at: its sample, its bytes as a 1-D uint8 view, its header if it was read."""
         headers, places = self.samples.headers, self.samples.places
         for rows in blocks(self.count):
-            known = itertools.repeat(None) if headers is None else headers[rows].tolist()
-            for i, (offset, size), header in zip(range(rows.start, rows.stop), places[rows].tolist(), known):
+            known = [None] * (rows.stop - rows.start) if headers is None else headers[rows].tolist()
+            for i, (offset, size), header in zip(
+                itertools.count(rows.start), places[rows].tolist(), known, strict=False
+            ):
                 if i not in self.unusable:
                     data = np.frombuffer(self.data, np.uint8, size, offset)
                     yield i, data, None if header is None else ImageHeader("", header[0], header[1], *_flags(header))
@@ -193,7 +195,7 @@ def _headers(data: mmap.mmap, places: np.ndarray) -> np.ndarray:
 
 
 def _image_rows(index: TarIndex, image_component: str | None) -> np.ndarray:
-    """The row of the component that is each sample's image, (n,) int64, -1 where none is chosen; see `Sample.images`."""
+    """The row of each sample's image among the components, (n,) int64, -1 where none is chosen; see `Sample.images`."""
     rows = np.full(len(index.keys), -1)
     open_to_choice = np.ones(len(rows), bool)
     choices = [None] if image_component is None else chosen_extensions(image_component)
@@ -240,8 +242,8 @@ def _ids(index: TarIndex, data: mmap.mmap, id_col: str) -> pa.LargeStringArray:
 def _json_id(encoded: bytes, id_col: str, named: bytes) -> str | None:
     """The id in a sample's json as text, None where there is none.
 
-    What holds the name neither as it is nor escaped, and is not UTF-16 or 32 (which are full of zero bytes), need not be
-    parsed: that is a tenth of the time.
+    What holds the name neither as it is nor escaped, and is not UTF-16 or 32 (which are full of zero bytes), need not
+    be parsed.
     """
     if named not in encoded and b"\\" not in encoded and b"\0" not in encoded:
         return None

@@ -50,7 +50,9 @@ def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def check_metadata(shard: Shard, id_col: str, ids: pa.Array | None = None, *, unique: bool = True) -> None:
+def check_metadata(
+    shard: Shard, id_col: str, ids: pa.Array | Sequence[str] | None = None, *, unique: bool = True
+) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
     :param ids: the samples' ids as strings, where the tar was looked at.
@@ -71,10 +73,11 @@ def check_metadata(shard: Shard, id_col: str, ids: pa.Array | None = None, *, un
         raise repeated_id(where, column[int(again[0])].as_py(), int(again[0]))
     if ids is None or not len(ids):
         return
-    rows = pc.unique(texts.drop_null()).cast(ids.type)
-    partners = pc.sum(pc.is_in(rows, ids), min_count=0).as_py()
+    samples = pa.array(ids, pa.large_string())
+    rows = pc.unique(texts.drop_null()).cast(samples.type)
+    partners = pc.sum(pc.is_in(rows, samples), min_count=0).as_py()
     if len(rows):
-        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (pc.min(rows).as_py(), ids[0].as_py()))
+        refuse_mismatch(where, id_col, partners, (len(rows), len(samples)), (pc.min(rows).as_py(), samples[0].as_py()))
 
 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
