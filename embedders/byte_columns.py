@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedders.ids import printable
 
@@ -59,12 +60,20 @@ def joined(columns: Sequence[pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
     return pa.concat_arrays(columns) if len(columns) != 1 else columns[0]
 
 
-def coded(columns: Sequence[pa.LargeBinaryArray]) -> tuple[np.ndarray, pa.LargeBinaryArray]:
-    """Return the distinct strings of some columns in the order of their first rows, and for each row which it is."""
-    chunks = pa.chunked_array(columns).dictionary_encode().chunks
-    if not chunks:
-        return np.zeros(0, np.int32), columns[0]
-    return np.concatenate([chunk.indices.to_numpy() for chunk in chunks]), chunks[-1].dictionary
+def coded(column: pa.LargeBinaryArray) -> tuple[np.ndarray, pa.LargeBinaryArray]:
+    """Return which of its distinct strings each row is, and these in the order of their first rows.
+
+    Rows that come in ascending order, as most tars have their keys, are told apart by comparing neighbours: a table of
+    hashes takes 100 bytes a row.
+    """
+    if not len(column):
+        return np.zeros(0, np.int64), column
+    fresh = np.append(True, pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False))
+    distinct = column.filter(pa.array(fresh))
+    if pc.all(pc.less(distinct[:-1], distinct[1:]), min_count=0).as_py():
+        return np.cumsum(fresh) - 1, distinct
+    encoded = column.dictionary_encode()
+    return encoded.indices.to_numpy(), encoded.dictionary
 
 
 def text(raw: bytes) -> str:

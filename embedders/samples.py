@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from embedders.byte_columns import blocks, bytes_and_offsets, coded, cut_out, text
+from embedders.byte_columns import blocks, bytes_and_offsets, coded, cut_out, joined, text
 from embedders.ids import printable
 
 KeyDot = Literal["first", "last"]
@@ -156,8 +156,9 @@ class TarIndex:
             starts, at = offsets[:-1], offsets[:-1] + dots[rows]
             keys.append(cut_out(data, starts + _length_of_dot_folder(data, starts), at))
             extensions.append(cut_out(data, at + 1, offsets[1:]))
-        sample_of, distinct_keys = coded(keys)
-        extension_of, distinct = coded(extensions)
+        sample_of, distinct_keys = coded(joined(keys))
+        encoded = joined(extensions).dictionary_encode()
+        extension_of, distinct = encoded.indices.to_numpy(), encoded.dictionary
         if (np.diff(sample_of) < 0).any():  # a sample's members lie apart
             order = np.argsort(sample_of, kind="stable")
             members = Members(members.names.take(pa.array(order)), members.offsets[order], members.sizes[order])

@@ -254,7 +254,7 @@ def _json_id(encoded: bytes, id_col: str, named: bytes) -> str | None:
 def _unusable(
     index: TarIndex, ids: pa.LargeStringArray, images: np.ndarray, places: np.ndarray, image_component: str | None
 ) -> dict[int, tuple[Reason, str]]:
-    first = _first_with_id(ids)
+    first = _first_with_id(ids, index.keys)
     repeated = _repeat_a_member(index)
     suspects = (first >= 0) | repeated | (places == 0).any(axis=1)
     found: dict[int, tuple[Reason, str]] = {}
@@ -275,10 +275,10 @@ def _unusable(
     return found
 
 
-def _first_with_id(ids: pa.LargeStringArray) -> np.ndarray:
-    """For each sample the earlier one that has its id, (n,) int64, -1 where none has."""
+def _first_with_id(ids: pa.LargeStringArray, keys: pa.LargeBinaryArray) -> np.ndarray:
+    """For each sample the earlier one that has its id, (n,) int64, -1 where none has; keys are all different."""
     before = np.full(len(ids), -1)
-    if pc.count_distinct(ids).as_py() < len(ids):
+    if not ids.cast(keys.type).equals(keys) and pc.count_distinct(ids).as_py() < len(ids):
         codes = ids.dictionary_encode().indices.to_numpy()
         _, first, which = np.unique(codes, return_index=True, return_inverse=True)
         again = first[which] < np.arange(len(ids))
@@ -289,10 +289,9 @@ def _first_with_id(ids: pa.LargeStringArray) -> np.ndarray:
 def _repeat_a_member(index: TarIndex) -> np.ndarray:
     """Whether each sample has two components of one extension, (n,) bool."""
     repeating = np.zeros(len(index.keys), bool)
-    pairs = index.sample_of * max(len(index.extensions), 1) + index.extension_of
-    if pc.count_distinct(pa.array(pairs)).as_py() < len(pairs):
-        distinct, counts = np.unique(pairs, return_counts=True)
-        repeating[distinct[counts > 1] // len(index.extensions)] = True
+    pairs = np.sort(index.sample_of * len(index.extensions) + index.extension_of)
+    twins = pairs[1:][pairs[1:] == pairs[:-1]]
+    repeating[twins // max(len(index.extensions), 1)] = True
     return repeating
 
 
