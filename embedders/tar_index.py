@@ -51,7 +51,10 @@ def _lines(index: TarIndex, rows: slice) -> bytes:
 def indexed_samples(head: str, fingerprint: str, key_dot: KeyDot | None = "first") -> int | None:
     """The samples that an index's first line tells of; None if it is no index of the tar with this fingerprint.
 
-    :param key_dot: which dot was to end the keys, None for either.
+    Args:
+        head: The beginning of the index.
+        fingerprint: The tar's.
+        key_dot: Which dot was to end the keys, None for either.
     """
     fields = head.partition("\n")[0].split(" ")
     mine = len(fields) > 5 and fields[2:4] == [INDEX_MARK, f"tar={quote(fingerprint)}"]
