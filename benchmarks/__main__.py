@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.throughput import main
-from tasks.cluster import count_gpus
+from tasks.hardware import count_gpus
 
 ON_A_GPU = ("--no-pretrained",)
 ON_A_CPU = ("--no-pretrained", "--model", "tf_efficientnet_lite0", "--shards", "2", "--samples", "256")

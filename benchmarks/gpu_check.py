@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.throughput import _crop, load_photographs, run_alone
-from tasks.cluster import count_gpus
+from tasks.hardware import count_gpus
 
 MODEL = "tf_efficientnet_lite0"
 PHOTOGRAPHS = 160

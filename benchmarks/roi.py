@@ -19,7 +19,7 @@ from benchmarks.throughput import _crop, load_photographs
 from embedders.dali import _axis
 from embedders.image_headers import inspect
 from embedders.preprocess import Preprocessing
-from tasks.cluster import available_cores
+from tasks.hardware import available_cores
 
 IMAGES, BATCH, TURNS = 512, 32, 5
 MARGIN = 2

@@ -632,7 +632,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting]:
     """The command line and the setting it describes."""
-    from tasks.cluster import available_cores, count_gpus
+    from tasks.hardware import available_cores, count_gpus
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch14_clip_quickgelu_224.openai")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from embedders.errors import InputError
-from tasks.cluster import LOOPBACK
+from tasks.own_cluster import LOOPBACK
 from tasks.storage.remote import has_secret, redacted
 
 LOCAL_SERVER = {
