@@ -61,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--time", default="24:00:00", help="wall clock limit of a job")
     parser.add_argument("--interface", help="network interface that nodes share, such as ib0")
     parser.add_argument("--sbatch", action="append", default=[], metavar="DIRECTIVE", help="such as --account=me")
-    parser.add_argument("--prologue", action="append", default=[], metavar="LINE", help="shell line to run before the worker")
+    parser.add_argument(
+        "--prologue", action="append", default=[], metavar="LINE", help="shell line to run before the worker"
+    )
     parser.add_argument("--print", action="store_true", help="print the job script instead of submitting it")
     parser.add_argument("embed", nargs="*", help="after --: the command line of flows.embed")
     args = parser.parse_args(arguments)

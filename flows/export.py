@@ -1,4 +1,4 @@
-"""`python -m flows.export OUT --format npy|faiss|lance`: a finished dataset in the layouts of other tools."""
+"""`python -m flows.export OUT --format npy|faiss|lance`: write a finished dataset in the layout of another tool."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def export(
     output
         The --output of a run of flows.embed.
     format
-        npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as clip-retrieval and autofaiss have them;
+        npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as in clip-retrieval and autofaiss;
         faiss: vectors.index and ids.parquet; lance: data.lance.
     to
-        The folder or fsspec URL to write, OUT/export/FORMAT by default. An earlier export there is replaced when this
-        one is whole.
+        Folder or fsspec URL to write, OUT/export/FORMAT by default. This export replaces an earlier one there when it
+        is complete.
     dtype
-        Of the values in npy and lance.
+        Type of the values in npy and lance.
     rows_per_file
-        Rows of each pair of files, for npy.
+        Rows per pair of files, for npy.
     index
         For faiss: flat is exact and in memory, ivf searches parts and stays on disk; auto is flat up to 4 GiB.
     dataset
-        The dataset's folder, for one that was embedded in place and is not where it was.
+        The dataset's folder, if it was embedded in place and has moved.
     """
     if rows_per_file < 1:
         raise InputError(f"--rows-per-file: give at least 1, not {rows_per_file}")
@@ -71,7 +71,7 @@ def export(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, MalformedShard, OSError) as error:
