@@ -27,7 +27,8 @@ from prefect.artifacts import (
 from flows.progress import Pace
 from flows.report import REPORT
 from tasks.counted import counted
-from tasks.dataset.sampling import Pictures, sample_vectors
+from tasks.dataset.sampling import sample_vectors
+from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.plan import Plan
 from tasks.records import EmbeddingRecord

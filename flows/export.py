@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cyclopts import App, CycloptsError
@@ -11,8 +11,14 @@ from cyclopts import App, CycloptsError
 from embedders.errors import InputError, MalformedShard
 from flows.errors import explain
 from tasks.counted import counted
-from tasks.dataset.export import WRITERS, Dtype, Exported, whole_folder
+from tasks.dataset.export.faiss_index import export_faiss
+from tasks.dataset.export.lance_dataset import export_lance
+from tasks.dataset.export.npy import export_npy
+from tasks.dataset.export.source import Dtype, Exported
+from tasks.dataset.export.whole_folder import whole_folder
 from tasks.storage.folder import Folder, writing
+
+WRITERS: dict[str, Callable[..., int]] = {"npy": export_npy, "faiss": export_faiss, "lance": export_lance}
 
 app = App(
     name="python -m flows.export",

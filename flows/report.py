@@ -15,7 +15,8 @@ from cyclopts import App, CycloptsError
 from embedders.errors import InputError
 from flows.errors import explain
 from tasks.counted import counted
-from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
+from tasks.dataset.sampling import Sampled, sample_vectors
+from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.records import EmbeddingRecord, embedding_record, read_footers
 from tasks.storage.folder import Folder, writing

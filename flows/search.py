@@ -27,7 +27,7 @@ from embedders.weights import RANDOM, cached_hub, is_of_hub
 from flows.config import load_embedder
 from flows.errors import explain
 from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
-from tasks.dataset.sampling import Pictures, data_url
+from tasks.dataset.thumbnails import Pictures, data_url
 from tasks.embed import resolve_device
 from tasks.keys import digest
 from tasks.manifest import Manifest, read_manifest

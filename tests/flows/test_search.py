@@ -174,4 +174,4 @@ def test_another_model_is_refused(
     manifest["embedder"]["normalized"] = False
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     call = (tmp_path / "out", "--image", made / "photo.jpg", "--checkpoint", checkpoint)
-    assert "by another embedder" in fails(capsys, *call)
+    assert "made by another embedder" in fails(capsys, *call)
