@@ -65,7 +65,9 @@ class Exported:
                 footer = pq.read_metadata(file)
             description = json.loads((footer.metadata or {}).get(DESCRIPTION, b"null"))
             if description is None:
-                raise InputError(f"{folder.url}/{name}: shard-embed wrote no embeddings into it; run flows.embed first")
+                raise InputError(
+                    f"{folder.url}/{name}: has no embeddings that shard-embed wrote; run flows.embed first"
+                )
             rows += footer.num_rows
             if described is None or description["dimensions"] > described["dimensions"]:
                 described = description
