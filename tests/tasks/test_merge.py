@@ -28,7 +28,7 @@ from tasks.dataset.metadata import check_metadata
 from tasks.dataset.vectors import VectorFormat, write_groups
 from tasks.keys import layer_key
 from tasks.layers import LayerWriter
-from tasks.merge import merge_group
+from tasks.merge import merge_group, merge_shard
 from tasks.plan import Layer, MergeOptions, merged_columns
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
 from tasks.retries import ShardsFailed
@@ -89,12 +89,20 @@ def layers_of(*shards: Shard) -> list[Layer]:
     return found
 
 
+def options_of(layers: list[Layer], **options: Any) -> MergeOptions:
+    names, columns = tuple(layer.name for layer in layers), tuple(merged_columns(layers))
+    return replace(OPTIONS, layers=names, columns=columns, **options)
+
+
 def merge(client: Client, *shards: Shard, join: Any = "auto", **options: Any) -> list[MergeRecord]:
     layers = layers_of(*shards)
-    columns = tuple(merged_columns(layers))
-    how = replace(OPTIONS, layers=tuple(layer.name for layer in layers), columns=columns, **options)
     records = {s.name: {it.name: it.records[s.name] for it in layers if s.name in it.records} for s in shards}
-    return merge_group(shards, records, how, client, join)
+    return merge_group(shards, records, options_of(layers, **options), client, join)
+
+
+def merge_here(shard: Shard, **options: Any) -> MergeRecord:
+    layers = layers_of(shard)
+    return merge_shard(shard, {it.name: it.records[shard.name] for it in layers}, options_of(layers, **options))
 
 
 def drop_layer(shard: Shard, name: str) -> None:
