@@ -65,10 +65,15 @@ def _unreadable(where: str) -> Iterator[None]:
 def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
-    :param ids: the samples' ids, where the tar was looked at.
-    :param unique: whether a repeated id is an error; otherwise its first row is the one that is joined.
-    :raises InputError: it does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is
-        a sample's.
+    Args:
+        shard: The shard; one without such a Parquet passes.
+        id_col: The column with the ids.
+        ids: The samples' ids, if the tar was looked at.
+        unique: Whether a repeated id is an error; otherwise its first row is the one that is joined.
+
+    Raises:
+        InputError: It does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is a
+            sample's.
     """
     if shard.metadata is None:
         return
@@ -92,11 +97,16 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
     """Refuse a shard whose rows and samples hardly have an id in common.
 
-    :param partners: ids that both sides have.
-    :param counts: rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
-        crawl's metadata lists images that were never fetched.
-    :param examples: an id of a row and one of a sample.
-    :raises InputError: over 99 % of the smaller side has no partner.
+    Args:
+        where: How the message names the metadata.
+        id_col: The column with the ids.
+        partners: How many ids both sides have.
+        counts: Rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
+            crawl's metadata lists images that were never fetched.
+        examples: An id of a row and one of a sample.
+
+    Raises:
+        InputError: Over 99 % of the smaller side has no partner.
     """
     if not min(counts) or 1 - partners / min(counts) <= MISMATCH_REFUSED:
         return
@@ -108,12 +118,12 @@ def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, i
 
 
 def no_rows(where: str) -> InputError:
-    """What is said of metadata that describes nothing."""
+    """Return what is said of metadata that describes nothing."""
     return InputError(f"{where}: no rows; replace it, or take it away and the samples' json is the metadata")
 
 
 def repeated_id(where: str, value: Any, row: int) -> InputError:
-    """What is said of an id that is there twice."""
+    """Return what is said of an id that is there twice."""
     return InputError(
         f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard "
         "(--repeated-ids quarantine joins the first such row and lists the others)"
@@ -178,7 +188,7 @@ def _batches(parquet: pq.ParquetFile, names: list[str], size: int, where: str) -
 
 
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """One row a sample from its json member, with every key of any of them as a column, the id first."""
+    """Return one row per sample from its json member, with every key of any of them as a column, the id first."""
     with shard.source.local_copy(shard.tar) as path:
         opened = open_shard(path, id_col, key_dot=shard.key_dot)
         rows = [
@@ -191,12 +201,12 @@ def json_metadata(shard: Shard, id_col: str) -> pa.Table:
 
 
 def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
-    """A json object whose id column is what the sample goes by, also where it was missing or null."""
+    """Return a json object whose id column is what the sample goes by, also where it was missing or null."""
     return row if row.get(id_col) is not None else {**row, id_col: sample_id}
 
 
 def json_column(values: list[Any]) -> pa.Array:
-    """Json values as a column; as text where they are not of one type, text staying as it is."""
+    """Return json values as a column; as text where they are not of one type, text staying as it is."""
     try:
         column = pa.array(values)
         same = not has_empty_struct(column.type)
@@ -209,7 +219,7 @@ def json_column(values: list[Any]) -> pa.Array:
 
 
 def has_empty_struct(kind: pa.DataType) -> bool:
-    """Whether a type holds the json object `{}`, which Parquet cannot write."""
+    """Return whether a type holds the json object `{}`, which Parquet cannot write."""
     if pa.types.is_struct(kind) and not kind.num_fields:
         return True
     return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
@@ -288,13 +298,18 @@ def json_members(shard: Shard) -> str:
 def unified_schema(
     shards: Sequence[Shard], id_col: str, columns: Collection[str], held: pa.Schema | None = None
 ) -> pa.Schema:
-    """The schema that the metadata of all these shards has in common, from the footers of their Parquets.
+    """Return the schema that the metadata of all these shards has in common, from the footers of their Parquets.
 
     A column that some lack is null there; an int that is a float elsewhere is a float; ids of several types are text.
 
-    :param columns: the names of the layers' columns, which are none of the metadata.
-    :param held: the schema of what is merged already and stays.
-    :raises InputError: a column's types cannot be one, or a Parquet does not open or lacks the id column.
+    Args:
+        shards: Those without a Parquet count for nothing.
+        id_col: The column with the ids.
+        columns: The names of the layers' columns, which are none of the metadata.
+        held: The schema of what is merged already and stays.
+
+    Raises:
+        InputError: A column's types cannot be one, or a Parquet does not open or lacks the id column.
     """
 
     def schema_of(shard: Shard) -> pa.Schema:
@@ -321,7 +336,7 @@ def unified_schema(
 
 
 def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str) -> pa.Field:
-    """One field that holds the values of two."""
+    """Return one field that holds the values of two."""
     if one.type == other.type:
         return one
     if one.name == id_col and not (pa.types.is_integer(one.type) and pa.types.is_integer(other.type)):
@@ -336,9 +351,10 @@ def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str)
 
 
 def conform(table: pa.Table, schema: pa.Schema, id_col: str) -> pa.Table:
-    """A shard's metadata in the schema of the dataset.
+    """Return a shard's metadata in the schema of the dataset.
 
-    :raises InputError: a value does not fit the column's type, or the file has changed since the schema was made.
+    Raises:
+        InputError: A value does not fit the column's type, or the file has changed since the schema was made.
     """
     if table.schema.equals(schema):
         return table
