@@ -13,6 +13,23 @@ class MalformedShard(Exception):
     """A tar that cannot be read as one. Trying again does not help: the shard fails by name, the others go on."""
 
 
+def one_line(error: BaseException, limit: int | None = None, named: bool = False) -> str:
+    """Return what an error says, as one line.
+
+    Args:
+        error: Any exception. One without a text is called by its class.
+        limit: The most characters of the line; None for all.
+        named: Begin with the error's class, as in "ValueError: no such mode".
+
+    Example:
+        >>> one_line(OSError("no space\\n  left"), named=True)
+        'OSError: no space left'
+    """
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    line = f"{kind}: {text}" if named and text else text or kind
+    return line[:limit]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, on whatever device: Python, numpy, Pillow and torch say so differently."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for a name

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from embedders.errors import one_line
 from embedders.quarantine import Reason
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ from embedders.image_headers import ImageHeader, as_view, inspect, png_chunks
 
 MAX_PIXELS = 178_000_000
 """Just under the size from which Pillow calls an image a decompression bomb (2 x Image.MAX_IMAGE_PIXELS)."""
+IMAGE_ERROR = 200
+"""Characters of Pillow's error that the quarantine keeps: some of its texts hold the bytes they are about."""
 
 
 class BadImage(Exception):
@@ -61,11 +64,12 @@ def decode(
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(Reason.TOO_LARGE, _one_line(error)) from error
+        raise BadImage(Reason.TOO_LARGE, one_line(error, IMAGE_ERROR, named=True)) from error
     except UnidentifiedImageError as error:
         raise _unidentified(data, header) from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, IndexError …
-        raise BadImage(_reason(error, data, header.format), f"{header.format}: {_one_line(error)}") from error
+        said = one_line(error, IMAGE_ERROR, named=True)
+        raise BadImage(_reason(error, data, header.format), f"{header.format}: {said}") from error
 
 
 def _opened(data: Buffer) -> Image.Image:
@@ -188,7 +192,3 @@ def _is_cut_short(data: Buffer, kind: str) -> bool:
     if kind == "bmp":
         return int.from_bytes(view[2:6], "little") > len(view)
     return kind == "gif" and not bytes(view[-16:]).rstrip(b"\0").endswith(b";")
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]

@@ -28,7 +28,7 @@ from tasks.counted import counted
 
 if TYPE_CHECKING:
     from tasks.manifest import Manifest
-from flows.errors import one_line
+from flows.errors import explain
 
 QUARANTINE_SHOWN = 20
 
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         with ending_in_time():
             status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, ValidationError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         told = getattr(stop, "__notes__", None) or ["stopped before anything was begun"]

@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError
 from rich.console import Console
 from rich.table import Table
 
-from embedders.errors import InputError
+from embedders.errors import InputError, one_line
 from flows.demo_data import build_dataset, trained_weights
 
 DATA, OUTPUT = Path("demo-data"), Path("demo-out")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return status or 0
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
-from flows.errors import one_line
+from flows.errors import explain
 from tasks.counted import counted
 from tasks.dataset.export import WRITERS, Dtype, Exported, whole_folder
 from tasks.storage.folder import Folder, writing
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, MalformedShard, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

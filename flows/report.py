@@ -13,7 +13,7 @@ import numpy as np
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
-from flows.errors import one_line
+from flows.errors import explain
 from tasks.counted import counted
 from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -20,12 +20,12 @@ from rich.text import Text
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.engine import Engine
-from embedders.errors import InputError, MalformedShard
+from embedders.errors import InputError, MalformedShard, one_line
 from embedders.samples import chosen_extensions
 from embedders.webdataset import open_shard
 from embedders.weights import RANDOM, cached_hub, is_of_hub
 from flows.config import load_embedder
-from flows.errors import one_line
+from flows.errors import explain
 from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
 from tasks.dataset.sampling import Pictures, data_url
 from tasks.embed import resolve_device
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, MalformedShard, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from embedders.errors import InputError
+from embedders.errors import InputError, one_line
 from tasks.storage.folder import Folder
-from tasks.storage.remote import one_line
 
 RELATIVE = "from_here"
 """The manifest's entry that names places relative to its own folder."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.tasks import exponential_backoff
 
-from embedders.errors import drop_locals
+from embedders.errors import drop_locals, one_line
 
 PERMANENT_IO = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
@@ -27,16 +27,12 @@ class ShardFailure:
     def of(cls, shard: str, error: BaseException) -> ShardFailure:
         """Return the failure that an exception stands for; the exception keeps nothing alive any more."""
         drop_locals(error)
-        text = " ".join(str(error).split())
         kind = type(error).__name__
         if kind == "KilledWorker":  # Dask's, whose text is about its own settings
             text = "its worker died whenever it was tried: out of memory, or a crash in native code; see its log"
             return cls(shard, text, False)
-        return cls(
-            shard,
-            text if text and kind in {"InputError", "MalformedShard", "ShardReplaced"} else f"{kind}: {text}",
-            passes(error),
-        )
+        says_it_all = kind in {"InputError", "MalformedShard", "ShardReplaced"}
+        return cls(shard, one_line(error, named=not says_it_all), passes(error))
 
 
 class ShardsFailed(Exception):

@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from typing import TYPE_CHECKING
 
-from embedders.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-
+from embedders.errors import InputError, one_line
 
 CONNECT_SECONDS = 5
 TLS = {
@@ -39,9 +34,10 @@ def check_scheduler(address: str) -> None:
     try:
         workers = asyncio.run(asyncio.wait_for(_workers(address), 2 * CONNECT_SECONDS))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        cause = re.sub(r"^in <.*?>: ", "", " ".join(str(error.__cause__ or error).split())) or "no answer"
+        cause = error.__cause__ or error
+        said = re.sub(r"^in <.*?>: ", "", one_line(cause)) if str(cause) else "no answer"
         raise InputError(
-            f"--scheduler {address}: cannot connect ({cause}); check that it runs, its port and its certificates"
+            f"--scheduler {address}: cannot connect ({said}); check that it runs, its port and its certificates"
         ) from error
     if not workers:
         raise InputError(f"--scheduler {address}: it has no workers; start some with: dask worker {address}")

@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedders.errors import one_line
+
 
 def plain_type(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
     """Return the type that holds the same values, is the same in Parquet, and that Arrow can select rows of.
@@ -69,7 +71,7 @@ def refused_by_arrow(field: pa.Field) -> str | None:
         table = plain_table(pa.table([pa.nulls(2, field.type)], schema=schema)).take(pa.array([1]))
         pq.write_table(table, pa.BufferOutputStream())
     except pa.ArrowException as error:
-        return " ".join(str(error).split())[:120]
+        return one_line(error, limit=120)
     return None
 
 

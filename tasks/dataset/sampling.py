@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from embedders.errors import InputError, MalformedShard
+from embedders.errors import InputError, MalformedShard, one_line
 from embedders.ids import printable
 from embedders.image_headers import sniff
 from embedders.images import MAX_PIXELS, BadImage, decode
@@ -24,7 +24,6 @@ from embedders.tar_index import parse_index
 from tasks.counted import counted
 from tasks.relocation import missing_dataset
 from tasks.storage.folder import Folder
-from tasks.storage.remote import one_line
 
 SHARDS = 16
 """Shards that a sample is taken from: what is read of an output does not grow with it."""

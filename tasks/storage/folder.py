@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import fsspec
 
-from embedders.errors import InputError, drop_locals
+from embedders.errors import InputError, drop_locals, one_line
 from tasks.storage.durable import being_written, is_being_written, make_folder, publish
 from tasks.storage.remote import (
     PERMANENT,
@@ -27,7 +27,6 @@ from tasks.storage.remote import (
     beyond_the_end,
     has_secret,
     missing_package,
-    one_line,
     redacted,
     way_out,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
+from embedders.errors import one_line
+
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 CLIENTS = frozenset({"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub"})
 """Packages that talk to stores, whose errors are not all OSErrors."""
@@ -28,7 +30,7 @@ def as_os_error(error: Exception) -> Exception:
         return error
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     names = {base.__name__ for base in type(error).__mro__}
-    text = f"{type(error).__name__}: {one_line(error)}"
+    text = one_line(error, named=True)
     kind = OSError
     if names & {"NoCredentialsError", "CredentialRetrievalError", "PartialCredentialsError"} or status in {401, 403}:
         kind = PermissionError
@@ -64,10 +66,6 @@ def way_out(protocol: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "check the name; a bucket is not made here"
     return "check the address (AWS_ENDPOINT_URL) and the network" if protocol == "s3" else "check the address"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def has_secret(url: str) -> bool:
