@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if not args.print and "PREFECT_API_URL" not in os.environ:
         parser.error("set PREFECT_API_URL to a Prefect server that the nodes reach, such as http://login:4200/api")
-    from flows.cli import main as embed
+    from flows.embed import main as embed
 
     with cluster(args) as jobs:
         if args.print:

@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.help import HelpEntry, HelpPanel, PlainFormatter
@@ -23,12 +23,12 @@ from rich.text import Text
 
 from embedders.errors import InputError
 from flows.config import SWITCHED_OFF, EmbedConfig, ImageOptions, ModelOptions, RunOptions, TableOptions
-from flows.interrupt import Terminated, ending_in_time
-from tasks.counted import counted
-
-if TYPE_CHECKING:
-    from tasks.manifest import Manifest
 from flows.errors import explain
+from flows.interrupt import Terminated, ending_in_time
+from flows.progress import Progress, Silent, Terminal
+from tasks.counted import counted
+from tasks.manifest import MANIFEST, Manifest, read_quarantine
+from tasks.storage.folder import Folder
 
 QUARANTINE_SHOWN = 20
 
@@ -110,6 +110,8 @@ MODEL, IMAGES, TABLE, WORK = (
 )
 
 Flag = Annotated[bool, Parameter(negative=())]
+Run = Callable[[EmbedConfig, None, Progress], Manifest]
+"""Embeds a dataset and returns the account of the run."""
 
 
 @app.default
@@ -124,6 +126,7 @@ def embed_command(
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
     quiet: Flag = False,
     verbose: Flag = False,
+    run: Annotated[Run, Parameter(parse=False)],
 ) -> int:
     """Embed a dataset, doing only what is missing.
 
@@ -142,9 +145,6 @@ def embed_command(
     """
     if not verbose:
         _hush()
-    from flows.embed import run
-    from flows.progress import Silent, Terminal
-
     config = EmbedConfig.of(dataset, output, model, images, table, work)
     manifest = run(config, None, Silent() if quiet else Terminal())
     if json_:
@@ -178,9 +178,6 @@ def _hush() -> None:
 
 def _print_summary(manifest: Manifest) -> None:
     """The account, for a person."""
-    from tasks.manifest import read_quarantine
-    from tasks.storage.folder import Folder
-
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.quarantined_by_reason.items())
     console.print(
@@ -207,9 +204,6 @@ def _print_summary(manifest: Manifest) -> None:
 
 def _written(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What the output holds, and where: nothing is named that is not there."""
-    from tasks.manifest import MANIFEST
-    from tasks.storage.folder import Folder
-
     output = Folder(manifest.output)
     if manifest.rows:
         yield "dataset", f"{manifest.metadata.rstrip('/')}/*.parquet"
@@ -220,14 +214,21 @@ def _written(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield name, output.place(file)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status."""
+def main(arguments: Sequence[str], run: Run) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: What follows the command's name.
+        run: `flows.embed.run`, which this file does not import: `flows/embed.py`, which has to be the command, imports
+            this file.
+    """
     if "--help-all" in arguments:
         App(**ABOUT, help_formatter=Compact(None), default_command=embed_command).help_print([])
         return 0
     try:
         with ending_in_time():
-            status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+            command, bound, unparsed = app.parse_args(arguments, exit_on_error=False, print_error=False)
+            status = command(*bound.args, **bound.kwargs, **dict.fromkeys(unparsed, run))
     except (InputError, CycloptsError, ValidationError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ app = App(
 @app.default
 def demo() -> int:
     """Build the dataset, embed it with the command line's own code, and show neighbours."""
-    from flows.cli import main as embed
+    from flows.embed import main as embed
 
     build_dataset(DATA)
     arguments = [str(DATA), "--output", str(OUTPUT), "--model-name", "tf_efficientnet_lite0"]

@@ -5,6 +5,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -504,9 +505,19 @@ def span(shards: Sequence[Shard]) -> str:
     return first if first == last else f"{first}\N{EN DASH}{last}"
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line of `python -m flows.embed`, or of `shard-embed embed`, and return its exit status.
+
+    Args:
+        arguments: What follows the command's name; by default this process's.
+    """
+    from flows import cli
+
+    return cli.main(sys.argv[1:] if arguments is None else arguments, run)
+
+
 if __name__ == "__main__":
-    import sys
+    # By its name: Prefect sends the flow to the workers, and a flow of `__main__` would be sent with all it refers to.
+    from flows.embed import main
 
-    from flows.cli import main
-
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
