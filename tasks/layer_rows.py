@@ -3,103 +3,208 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Self
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedders.errors import MalformedShard
-from tasks.dataset.vectors import PLAIN, READ_BYTES, VectorFormat, vector_array
+from tasks.dataset.vectors import READ_BYTES, VectorFormat, as_matrix, rows_per_group, scratch, vector_array
+from tasks.layers import ID
 from tasks.plan import MergedColumn, MergeOptions
+from tasks.records import PART
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
+
+HELD_BYTES = 64 << 20
+"""Vectors of a shard that are held in memory if its rows are in another order; more lie in a file below TMPDIR."""
+
+BATCH_BYTES = 1 << 18
+"""Values that are decoded at a time: what stays in the processor's cache."""
 
 
 def column_type(column: MergedColumn, form: VectorFormat) -> pa.DataType:
     """Return the Arrow type of a layer's column in the merged dataset."""
     if not column.shape:
         return pa.from_numpy_dtype(column.dtype)
-    if column.dtype == "float32":
-        return form.arrow_type(column.dimensions)
-    return pa.list_(pa.field("element", pa.from_numpy_dtype(column.dtype), nullable=False))
+    return form.arrow_type(column.dimensions, column.dtype)
 
 
-def row_bytes(options: MergeOptions) -> int:
-    """Return the bytes of the vectors in a merged row."""
-    return sum(4 * column.dimensions for column in options.columns)
+def vector_columns(options: MergeOptions) -> list[str]:
+    """Return the columns of vectors of floats: they do not compress. Integers do, as all other columns."""
+    return [column.name for column in options.columns if column.shape and np.dtype(column.dtype).kind == "f"]
 
 
-class LayerRows:
-    """The rows of a layer file by their numbers. Rows that ascend are read once, a row group at a time."""
+def bytes_of(column: MergedColumn) -> int:
+    """Return the bytes of a layer's value."""
+    return np.dtype(column.dtype).itemsize * max(column.dimensions, 1)
 
-    def __init__(self, file: Any, columns: list[MergedColumn], form: VectorFormat) -> None:
+
+def group_rows(options: MergeOptions) -> int:
+    """Return the rows of a row group of the merged dataset."""
+    return rows_per_group(sum(bytes_of(column) for column in options.columns))
+
+
+class LayerFile:
+    """An open layer file of a shard."""
+
+    def __init__(self, file: Any, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
         self._parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=READ_BYTES, pre_buffer=False)
         known = set(self._parquet.schema_arrow.names)
         self._columns = [column for column in columns if column.name in known]
         self._form = form
-        sizes = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._groups: dict[int, pa.Table] = {}
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, shard: Shard, layer: str, options: MergeOptions) -> Iterator[Self]:
-        """Open a shard's file of a layer."""
+        """Open a shard's file of a layer, for the columns that the merged dataset has of it."""
         columns = [column for column in options.columns if column.layer == layer]
         with arrow_file(shard.target, shard.layer_file(layer)) as file:
             yield cls(file, columns, options.form)
 
-    def take(self, places: np.ndarray) -> dict[str, pa.Array | pa.ChunkedArray]:
-        """Return some rows by column.
+    def ids(self) -> pa.ChunkedArray:
+        """Return the ids of its samples as text, each once."""
+        ids = self._parquet.read([ID], use_threads=False).column(0)
+        several = PART in self._parquet.schema_arrow.names
+        return pa.chunked_array([ids.unique()]) if several else ids
+
+    def values(self, places: np.ndarray) -> LayerValues:
+        """Return the values for the rows of a shard.
+
+        Args:
+            places: (rows of the metadata,) int64: the layer's row for each, or -1.
+        """
+        found = places[places >= 0]
+        in_order = bool((found[1:] > found[:-1]).all())
+        kind = OrderedValues if in_order else ShuffledValues
+        return kind(self._parquet, self._columns, self._form)
+
+
+class LayerValues(Protocol):
+    """The values of a layer by the numbers of its rows."""
+
+    def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
+        """Return some rows by column; they hold until the next ones are taken.
 
         Args:
             places: (n,) int64, the numbers of the rows; -1 for a row of nulls.
 
+        Returns:
+            n values of each column; nothing if there are only nulls.
+
         Raises:
             MalformedShard: A vector is null or has other dimensions than the record says.
         """
-        valid = places >= 0
-        wanted = places[valid]
-        table, first = self._covering(wanted)
-        return {column.name: self._column(column, table, wanted - first, valid) for column in self._columns}
+        ...
 
-    def _covering(self, wanted: np.ndarray) -> tuple[pa.Table, int]:
-        """Return the row groups that hold some rows, one after the other, and the number of their first row."""
-        if not len(wanted):
-            return self._parquet.schema_arrow.empty_table(), 0
-        first, last = (int(np.searchsorted(self._starts, it, "right")) - 1 for it in (wanted.min(), wanted.max()))
-        names = [column.name for column in self._columns]
-        self._groups = {
-            group: self._groups[group]
-            if group in self._groups
-            else self._parquet.read_row_group(group, columns=names, use_threads=False)
-            for group in range(first, last + 1)
+
+class OrderedValues:
+    """Values in the order of the layer: read once, a batch at a time, and passed on without a copy."""
+
+    def __init__(self, parquet: pq.ParquetFile, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
+        self._columns = columns
+        self._form = form
+        self._batches = _batches(parquet, columns)
+        self._batch: pa.RecordBatch | None = None
+        self._first = self._stop = 0
+
+    def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
+        """Return some rows by column; see `LayerValues`."""
+        if not self._columns or not (places >= 0).any():
+            return {}
+        reached = np.maximum.accumulate(places)  # a row without a value goes with the one before it
+        parts: list[list[pa.Array]] = []
+        done = 0
+        while done < len(places):
+            stop = int(np.searchsorted(reached, self._stop))
+            if stop > done:
+                parts.append(self._part(places[done:stop]))
+                done = stop
+            if done < len(places):
+                self._batch = next(self._batches)
+                self._first, self._stop = self._stop, self._stop + len(self._batch)
+        return {
+            column.name: pa.chunked_array([part[number] for part in parts], column_type(column, self._form))
+            for number, column in enumerate(self._columns)
         }
-        return pa.concat_tables(self._groups.values()), int(self._starts[first])
 
-    def _column(
-        self, column: MergedColumn, table: pa.Table, rows: np.ndarray, valid: np.ndarray
-    ) -> pa.Array | pa.ChunkedArray:
-        values = table.column(column.name)
-        adjoining = len(rows) and (np.diff(rows) == 1).all()
-        if adjoining and valid.all() and (not column.shape or self._form == PLAIN or column.dtype != "float32"):
+    def _part(self, places: np.ndarray) -> list[pa.Array]:
+        """Return each column's values of rows of one batch."""
+        valid = places >= 0
+        rows = places[valid] - self._first
+        if self._batch is None or not len(rows):
+            return [pa.nulls(len(places), column_type(column, self._form)) for column in self._columns]
+        return [self._array(column, self._batch.column(column.name), rows, valid) for column in self._columns]
+
+    def _array(self, column: MergedColumn, values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+        adjoining = len(rows) == rows[-1] - rows[0] + 1
+        matrix = as_matrix(values, column.name, column.dimensions) if column.shape else None
+        if adjoining and len(rows) == len(valid) and values.type == column_type(column, self._form):
             return values.slice(rows[0], len(rows))
-        if not column.shape or column.dtype != "float32":
-            indices = np.full(len(valid), -1, np.int64)
-            indices[valid] = rows
-            return values.take(pa.array(indices, mask=~valid))
-        parts = [self._matrix(chunk, column) for chunk in values.chunks]
-        matrix = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-        chosen = matrix[rows[0] : rows[0] + len(rows)] if adjoining else matrix[rows]
-        if not len(rows):
-            chosen = np.zeros((0, column.dimensions), np.float32)
+        if matrix is None:
+            return _numbers(values, rows, valid)
+        chosen = matrix[rows[0] : rows[-1] + 1] if adjoining else matrix[rows]
         return vector_array(chosen, valid, self._form)
 
-    @staticmethod
-    def _matrix(chunk: pa.Array, column: MergedColumn) -> np.ndarray:
-        values = chunk.flatten()
-        if chunk.null_count or len(values) != len(chunk) * column.dimensions:
-            raise MalformedShard(f"vectors of {column.name!r} are not all of {column.dimensions} dimensions")
-        return values.to_numpy(zero_copy_only=False).reshape(-1, column.dimensions)
+
+class ShuffledValues:
+    """Values in any order: all vectors of a shard are laid out first, in memory or, if they are many, in a file."""
+
+    def __init__(self, parquet: pq.ParquetFile, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
+        self._columns = columns
+        self._form = form
+        self._numbers = {
+            column.name: parquet.read([column.name], use_threads=False).column(column.name).combine_chunks()
+            for column in columns
+            if not column.shape
+        }
+        self._matrices = {column.name: _matrix(parquet, column) for column in columns if column.shape}
+
+    def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
+        """Return some rows by column; see `LayerValues`."""
+        valid = places >= 0
+        rows = places[valid]
+        if not len(rows):
+            return {}
+        return {column.name: pa.chunked_array([self._array(column, rows, valid)]) for column in self._columns}
+
+    def _array(self, column: MergedColumn, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+        if not column.shape:
+            return _numbers(self._numbers[column.name], rows, valid)
+        matrix = self._matrices[column.name]
+        out = scratch(f"rows of {column.name}", (len(rows), matrix.shape[1]), matrix.dtype)
+        return vector_array(np.take(matrix, rows, axis=0, out=out, mode="clip"), valid, self._form)
+
+
+def _numbers(values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+    """Return some of a column's values among nulls."""
+    indices = np.zeros(len(valid), np.int64)
+    indices[valid] = rows
+    return values.take(pa.array(indices, mask=~valid))
+
+
+def _batches(parquet: pq.ParquetFile, columns: Sequence[MergedColumn]) -> Iterator[pa.RecordBatch]:
+    """Yield a file's rows a few at a time: decoding a whole column takes several times its size."""
+    names = [column.name for column in columns]
+    size = max(1, BATCH_BYTES // max(1, sum(bytes_of(column) for column in columns)))
+    for group in range(parquet.num_row_groups):
+        yield from parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+
+
+def _matrix(parquet: pq.ParquetFile, column: MergedColumn) -> np.ndarray:
+    """Return all vectors of a file, (rows, dimensions): in memory, or mapped from a file without a name."""
+    dtype, shape = np.dtype(column.dtype), (parquet.metadata.num_rows, column.dimensions)
+    parts = (as_matrix(it.column(0), column.name, column.dimensions) for it in _batches(parquet, [column]))
+    if bytes_of(column) * shape[0] > HELD_BYTES:
+        with tempfile.TemporaryFile() as file:
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            return np.memmap(file, dtype, "r", shape=shape)  # lasts longer than the file's name and handle
+    matrix, at = scratch(f"matrix of {column.name}", shape, dtype), 0
+    for part in parts:
+        matrix[at : at + len(part)] = part
+        at += len(part)
+    return matrix

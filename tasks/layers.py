@@ -119,7 +119,7 @@ class LayerWriter:
             if values.ndim == 2 and values.dtype.kind == "f"
         }
         self._group = rows_per_group(sum(values[:1].nbytes for values in columns.values()))
-        fields = [pa.field(name, column_array(values[:0]).type) for name, values in columns.items()]
+        fields = [pa.field(name, column_array(values[:1]).type) for name, values in columns.items()]
         schema = pa.schema([pa.field(ID, pa.string()), *fields])
         path = self._stack.enter_context(self.shard.target.replacing(self.shard.layer_file(self.layer)))
         self._writer = pq.ParquetWriter(path, schema, **parquet_options(schema, self.columns))

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -26,17 +25,19 @@ from embedders.quarantine import QuarantinedSample, Reason
 from tasks.dataset.column_types import same_tables
 from tasks.dataset.description import ADDED, columns_made, describe, footer
 from tasks.dataset.ids import canonical_ids, repeated
+from tasks.dataset.join import Join, join_ids
 from tasks.dataset.metadata import (
+    MetadataRows,
     check_columns,
     conform,
     json_members,
     no_rows,
-    read_metadata,
+    open_rows,
     refuse_mismatch,
     repeated_id,
 )
-from tasks.dataset.vectors import rows_per_group, write_groups
-from tasks.layer_rows import LayerRows, column_type, row_bytes
+from tasks.dataset.vectors import write_groups
+from tasks.layer_rows import LayerFile, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
 from tasks.plan import MergeOptions, merged_key
 from tasks.records import LayerRecord, MergeRecord, with_record
@@ -52,7 +53,11 @@ EXAMPLES = 3
 
 
 def merge_group(
-    shards: Sequence[Shard], records: Mapping[str, Mapping[str, LayerRecord]], options: MergeOptions, client: Any
+    shards: Sequence[Shard],
+    records: Mapping[str, Mapping[str, LayerRecord]],
+    options: MergeOptions,
+    client: Any,
+    join: Join = "auto",
 ) -> list[MergeRecord]:
     """Join every shard of a group on the cluster and write its file.
 
@@ -61,13 +66,13 @@ def merge_group(
         records: For each shard, the records of its layers, by layer.
         options: How.
         client: A Dask client of the cluster.
+        join: What finds the row of each id; see `tasks.dataset.join`.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
     """
-    futures = client.map(
-        merge_shard, shards, [records[shard.name] for shard in shards], options=options, pure=False, retries=0
-    )
+    of_each = [records[shard.name] for shard in shards]
+    futures = client.map(merge_shard, shards, of_each, options=options, join=join, pure=False, retries=0)
     done, failures = [], []
     for shard, future in zip(shards, futures, strict=True):
         error = future.exception()
@@ -86,149 +91,164 @@ def merge_group(
 
 @dataclass(frozen=True)
 class Joined:
-    """A shard's metadata, and which row gets which row of each layer.
+    """A shard's metadata and its layers, and which row gets which row of each layer.
 
     Attributes:
-        metadata: The user's columns.
-        ids: The metadata's ids as text.
-        places: By layer, (rows of the metadata,) int64: the layer's row for each, or -1.
+        metadata: The shard's rows.
+        names: The columns of the metadata that go into the file.
+        ids: The ids of the metadata's rows as text.
+        layers: By name, the open layer files.
         layer_ids: By layer, the ids of its rows.
+        places: By layer, (rows of the metadata,) int64: the layer's row for each, or -1.
     """
 
-    metadata: pa.Table
+    metadata: MetadataRows
+    names: list[str]
     ids: pa.ChunkedArray
-    places: Mapping[str, np.ndarray]
+    layers: Mapping[str, LayerFile]
     layer_ids: Mapping[str, pa.ChunkedArray]
+    places: Mapping[str, np.ndarray]
 
     @property
     def matched(self) -> np.ndarray:
         """(rows of the metadata,) bool: which have a value in some layer."""
         found = [places >= 0 for places in self.places.values()]
-        return np.logical_or.reduce(found) if found else np.zeros(len(self.metadata), bool)
+        return np.logical_or.reduce(found) if found else np.zeros(len(self.ids), bool)
 
 
-def join(ids: pa.ChunkedArray, layer_ids: pa.ChunkedArray) -> np.ndarray:
-    """Return which row of a layer each metadata row gets, by id.
-
-    Args:
-        ids: Of the metadata's rows, as text. Of rows that repeat an id the first one counts; a null is no id.
-        layer_ids: Of the layer's rows, each there once.
-
-    Returns:
-        (rows of the metadata,) int64, -1 where there is none.
-    """
-    places = pc.index_in(ids, value_set=layer_ids).combine_chunks()
-    found = np.array(places.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
-    found[repeated(ids)] = -1
-    return found
-
-
-def merge_shard(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> MergeRecord:
+def merge_shard(
+    shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions, join: Join = "auto"
+) -> MergeRecord:
     """Write a shard's rows with the values of its layers as the shard's file.
 
     Args:
         shard: The shard.
         records: Of the layers that it has, by name; a column of a layer that it lacks is null.
         options: How they are joined.
+        join: What finds the row of each id.
 
     Raises:
         InputError: Rows and images hardly have an id in common, or a value does not fit the dataset's schema.
+        MalformedShard: A layer does not hold what its record says.
     """
-    metadata, notes = _metadata(shard, options)
-    ids = canonical_ids(metadata.column(options.id_col))
-    layer_ids = {name: _layer_ids(shard, name) for name in records}
-    places = {name: join(ids, found) for name, found in layer_ids.items()}
-    joined = Joined(metadata, ids, places, layer_ids)
-    left = _unmatched(shard, records, joined, options)
-    record = _account(shard, records, options, joined, left)
-    if left:
-        table = quarantine_table(left)
-        shard.target.write(shard.unmatched_file, lambda path: pq.write_table(table, path, compression="zstd"))
-    else:
-        shard.target.remove(shard.unmatched_file)
-    if options.schema is not None and shard.metadata is not None:
-        joined = _conformed(shard, joined, options)
-    _write(shard, records, joined, options, notes, record)
+    with contextlib.ExitStack() as stack:
+        metadata = stack.enter_context(open_rows(shard, options.id_col))
+        check_columns(metadata.schema, _where(shard), options.names)
+        layers = {name: stack.enter_context(LayerFile.open(shard, name, options)) for name in records}
+        ids = canonical_ids(metadata.column(options.id_col))
+        layer_ids = {name: layer.ids() for name, layer in layers.items()}
+        names = [name for name in metadata.schema.names if name not in options.names]
+        joined = Joined(metadata, names, ids, layers, layer_ids, join_ids(ids, layer_ids, join))
+        left = _unmatched(shard, records, joined, options)
+        record = _account(shard, records, options, joined, left)
+        if left:
+            table = quarantine_table(left)
+            shard.target.write(shard.unmatched_file, lambda path: pq.write_table(table, path, compression="zstd"))
+        else:
+            shard.target.remove(shard.unmatched_file)
+        _write(shard, records, joined, options, record)
     return record
 
 
-def _layer_ids(shard: Shard, layer: str) -> pa.ChunkedArray:
-    with arrow_file(shard.target, shard.layer_file(layer)) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read(["id"], use_threads=False).column(0)
-
-
-def _metadata(shard: Shard, options: MergeOptions) -> tuple[pa.Table, dict[bytes, bytes]]:
-    """Return a shard's metadata without our columns, and the notes that its schema keeps."""
-    metadata = read_metadata(shard, options.id_col)
-    where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else json_members(shard)
-    check_columns(metadata.schema, where, options.names)
-    notes = dict(metadata.schema.metadata or {}) if options.in_place else {}
-    if options.in_place:
-        notes[ADDED] = json.dumps(sorted({*columns_made(metadata.schema), *options.names})).encode()
-    metadata = metadata.replace_schema_metadata(None)
-    return metadata.drop_columns([name for name in options.names if name in metadata.column_names]), notes
-
-
-def _conformed(shard: Shard, joined: Joined, options: MergeOptions) -> Joined:
-    assert options.schema is not None
-    try:
-        metadata = conform(joined.metadata, options.schema, options.id_col)
-    except InputError as error:
-        raise InputError(f"{shard.dataset}/{shard.metadata}: {error}") from error
-    return Joined(metadata, joined.ids, joined.places, joined.layer_ids)
+def _where(shard: Shard) -> str:
+    """Return how messages name a shard's metadata."""
+    return f"{shard.dataset}/{shard.metadata}" if shard.metadata else json_members(shard)
 
 
 def _write(
-    shard: Shard,
-    records: Mapping[str, LayerRecord],
-    joined: Joined,
-    options: MergeOptions,
-    notes: Mapping[bytes, bytes],
-    record: MergeRecord,
+    shard: Shard, records: Mapping[str, LayerRecord], joined: Joined, options: MergeOptions, record: MergeRecord
 ) -> None:
-    fields = [pa.field(column.name, column_type(column, options.form)) for column in options.columns]
-    schema = pa.schema([*joined.metadata.schema, *fields])
-    described = describe(options, records)
-    schema = with_record(schema.with_metadata({**notes, **footer(schema, described)}), record)
+    """Write the merged file; in place it is read back before it takes the place of the user's."""
+    schema = _schema(shard, records, joined, options, record)
     folder, name = options.place(shard)
-    size = rows_per_group(row_bytes(options))
-    vectors = [column.name for column in options.columns if column.shape]
+    size = group_rows(options)
     with folder.replacing(name) as path:
-        write_groups(
-            schema, _tables(shard, records, joined, options, schema, size), path, vectors, size, options.form.encoding
-        )
+        tables = _tables(shard, joined, options, schema, size)
+        write_groups(schema, tables, path, vector_columns(options), size, options.form.encoding)
         if options.in_place:
-            _prove(path, _tables(shard, records, joined, options, schema, size))
+            _prove(path, _tables(shard, joined, options, schema, size))
             _like_the_old(folder, name, path)
 
 
-def _tables(
-    shard: Shard,
-    records: Mapping[str, LayerRecord],
-    joined: Joined,
-    options: MergeOptions,
-    schema: pa.Schema,
-    size: int,
-) -> Iterator[pa.Table]:
-    """Yield the merged rows, at most `size` at a time: what is in memory twice is that and not the shard."""
-    kept = np.arange(len(joined.metadata)) if options.keep_rows else np.flatnonzero(joined.matched)
-    metadata = joined.metadata if len(kept) == len(joined.metadata) else joined.metadata.take(kept)
-    with contextlib.ExitStack() as stack:
-        rows = {
-            layer: stack.enter_context(LayerRows.open(shard, layer, options))
-            for layer in {column.layer for column in options.columns} & set(records)
-        }
-        for start in range(0, len(kept), size):
-            part = metadata.slice(start, size)
-            chosen = kept[start : start + len(part)]
-            found = {layer: it.take(joined.places[layer][chosen]) for layer, it in rows.items()}
-            values = [
-                found[column.layer][column.name]
-                if column.name in found.get(column.layer, ())
-                else pa.nulls(len(part), schema.field(column.name).type)
-                for column in options.columns
-            ]
-            yield pa.table([*part.columns, *values], schema=schema)
+def _schema(
+    shard: Shard, records: Mapping[str, LayerRecord], joined: Joined, options: MergeOptions, record: MergeRecord
+) -> pa.Schema:
+    """Return the schema of the merged file, with what its footer says."""
+    given = joined.metadata.schema
+    fields = [given.field(name) for name in joined.names]
+    if _conforms(shard, options):
+        assert options.schema is not None
+        fields = list(options.schema)
+    schema = pa.schema(
+        [*fields, *(pa.field(column.name, column_type(column, options.form)) for column in options.columns)]
+    )
+    notes = {}
+    if options.in_place:  # what the user noted in a file of their own stays
+        notes = dict(given.metadata or {})
+        notes[ADDED] = json.dumps(sorted({*columns_made(given), *options.names})).encode()
+    return with_record(schema.with_metadata({**notes, **footer(schema, describe(options, records))}), record)
+
+
+def _conforms(shard: Shard, options: MergeOptions) -> bool:
+    """Return whether a shard's rows are brought to the schema of the dataset; json members have one of their own."""
+    return options.schema is not None and shard.metadata is not None
+
+
+def _tables(shard: Shard, joined: Joined, options: MergeOptions, schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """Yield the merged rows, `size` at a time: what is in memory twice is that and not the shard."""
+    values = {name: layer.values(joined.places[name]) for name, layer in joined.layers.items()}
+    for part, rows in _even(_kept(shard, joined, options, size), size):
+        found: dict[str, pa.ChunkedArray] = {}
+        for name, layer in values.items():
+            found |= layer.take(joined.places[name][rows])
+        columns = [
+            found[column.name] if column.name in found else pa.nulls(len(part), schema.field(column.name).type)
+            for column in options.columns
+        ]
+        yield pa.table([*part.columns, *columns], schema=schema)
+
+
+def _kept(shard: Shard, joined: Joined, options: MergeOptions, size: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yield the rows of the metadata that stay, in the schema of the dataset, with their numbers."""
+    at, matched = 0, joined.matched
+    for table in joined.metadata.read(joined.names, size):
+        rows = np.arange(at, at + len(table))
+        at += len(table)
+        if not len(table):
+            continue
+        if not options.keep_rows and not matched[rows[0] : at].all():
+            chosen = np.flatnonzero(matched[rows[0] : at])
+            table, rows = table.take(pa.array(chosen)), rows[chosen]
+        if _conforms(shard, options):
+            assert options.schema is not None
+            try:
+                table = conform(table.replace_schema_metadata(None), options.schema, options.id_col)
+            except InputError as error:
+                raise InputError(f"{_where(shard)}: {error}") from error
+        yield table, rows
+
+
+def _even(tables: Iterator[tuple[pa.Table, np.ndarray]], size: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yield the same rows, `size` at a time, and their numbers."""
+    waiting: list[tuple[pa.Table, np.ndarray]] = []
+    rows = 0
+    for part in tables:
+        waiting.append(part)
+        rows += len(part[1])
+        while rows >= size:
+            table, numbers = _joined(waiting)
+            yield table.slice(0, size), numbers[:size]
+            rows -= size
+            waiting = [(table.slice(size), numbers[size:])]
+    if rows:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[tuple[pa.Table, np.ndarray]]) -> tuple[pa.Table, np.ndarray]:
+    parts = [part for part in parts if len(part[1])]
+    if len(parts) == 1:
+        return parts[0]
+    return pa.concat_tables([table for table, _ in parts]), np.concatenate([rows for _, rows in parts])
 
 
 def _unmatched(
@@ -242,31 +262,29 @@ def _unmatched(
     """
     where = f"{shard.dataset}/{shard.metadata}" if shard.metadata else shard.tar
     samples = max((record.samples for record in records.values()), default=0)
-    if samples and not len(joined.metadata):
+    if samples and not len(joined.ids):
         raise no_rows(where)
     matched = joined.matched
     alone = np.flatnonzero(~matched)
-    ids = joined.ids.take(alone).to_pylist()
+    ids = joined.ids.take(pa.array(alone)).to_pylist()
     refused = _quarantined(shard, records) if len(alone) else set()
     partners = int(matched.sum()) + len(refused.intersection(ids))
     embedded = next((ids for ids in joined.layer_ids.values() if len(ids)), pa.chunked_array([], pa.string()))
     if partners < samples and any(ids):
         examples = next(sample for sample in ids if sample), next(iter([*embedded[:1].to_pylist(), *refused]), "")
-        refuse_mismatch(where, options.id_col, partners, (len(joined.metadata), samples), examples)
-    seen = set(joined.ids.filter(pa.array(matched)).to_pylist()) if len(alone) else set()
+        refuse_mismatch(where, options.id_col, partners, (len(joined.ids), samples), examples)
+    again = set(repeated(joined.ids).tolist()) if len(alone) else set()
     left: list[QuarantinedSample] = []
-    for row, sample, status in zip(alone.tolist(), ids, _statuses(joined.metadata.take(alone)), strict=True):
+    for row, sample, status in zip(alone.tolist(), ids, _statuses(joined.metadata, alone), strict=True):
         at = f"row {row} of {shard.metadata or 'the json members'}"
         if sample is None:
             left.append(QuarantinedSample("", "", Reason.NO_IMAGE, f"{at} has no id"))
-        elif sample in seen and options.strict:
+        elif row in again and options.strict:
             raise repeated_id(where, sample, row)
-        elif sample in seen:
+        elif row in again:
             left.append(QuarantinedSample(sample, "", Reason.DUPLICATE_ID, f"{at} repeats the id"))
         elif sample not in refused:
             left.append(QuarantinedSample(sample, "", Reason.NO_IMAGE, at + status))
-        if sample is not None:
-            seen.add(sample)
     left += [
         QuarantinedSample(sample, "", Reason.NO_METADATA_ROW, f"no row of {shard.metadata}")
         for sample in _without_row(joined)
@@ -295,13 +313,13 @@ def _quarantined(shard: Shard, records: Mapping[str, LayerRecord]) -> set[str]:
     return found
 
 
-def _statuses(rows: pa.Table) -> list[str]:
-    """What img2dataset says of each row's download, where it says that it failed."""
-    if "status" not in rows.column_names:
+def _statuses(metadata: MetadataRows, rows: np.ndarray) -> list[str]:
+    """Return what img2dataset says of some rows' downloads, where it says that they failed."""
+    if not len(rows) or "status" not in metadata.schema.names:
         return [""] * len(rows)
     return [
         f": status {status}" if isinstance(status, str) and status != "success" else ""
-        for status in rows.column("status").to_pylist()
+        for status in metadata.column("status").take(pa.array(rows)).to_pylist()
     ]
 
 
@@ -316,7 +334,7 @@ def _account(
     images = [sample for sample in left if sample.reason == Reason.NO_METADATA_ROW]
     rows = [sample for sample in left if sample.reason == Reason.NO_IMAGE]
     not_fetched = sum(": status " in sample.detail for sample in rows)
-    total, matched = len(joined.metadata), int(joined.matched.sum())
+    total, matched = len(joined.ids), int(joined.matched.sum())
     return MergeRecord(
         key=merged_key(shard, records, options),
         rows=total if options.keep_rows else matched,
@@ -333,7 +351,8 @@ def _account(
 def _prove(path: str, expected: Iterator[pa.Table]) -> None:
     """Read a file back, checksums and all, before it takes the place of the user's own.
 
-    :raises MalformedShard: it does not hold what was written.
+    Raises:
+        MalformedShard: It does not hold what was written.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as written:
         groups = 0
@@ -358,10 +377,14 @@ def _like_the_old(folder: Folder, name: str, path: str) -> None:
     **RETRIES,
 )
 def merge_shards(
-    shards: Sequence[Shard], records: Mapping[str, Mapping[str, LayerRecord]], options: MergeOptions, span: str
+    shards: Sequence[Shard],
+    records: Mapping[str, Mapping[str, LayerRecord]],
+    options: MergeOptions,
+    span: str,
+    join: Join = "auto",
 ) -> list[MergeRecord]:
     """Join a group of shards as a job of the cluster this task runs on; see `merge_group`."""
     from distributed import worker_client
 
     with worker_client() as client:  # gives this task's thread back meanwhile: a lone worker would wait for itself
-        return merge_group(shards, records, options, client)
+        return merge_group(shards, records, options, client, join)

@@ -13,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 from embedders.fingerprint import digest
 from tasks.dataset.metadata import conform
 from tasks.dataset.schema import UNIFIED, metadata_folder
-from tasks.dataset.vectors import rows_per_group, write_groups
-from tasks.layer_rows import row_bytes
+from tasks.dataset.vectors import write_groups
+from tasks.layer_rows import group_rows, vector_columns
 from tasks.plan import MergeOptions, Plan
 from tasks.records import PartRecord, read_part_record, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
@@ -96,7 +96,7 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
 
     :param schema: of the whole dataset.
     """
-    merged, size = Folder(f"{output.rstrip('/')}/merged"), rows_per_group(row_bytes(options))
+    merged, size = Folder(f"{output.rstrip('/')}/merged"), group_rows(options)
     record = PartRecord(part.key, part.rows)
     kept = {name: value for name, value in (schema.metadata or {}).items() if name != UNIFIED}
     schema = with_record(schema.with_metadata(kept), record)
@@ -104,8 +104,7 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
     def save(path: str) -> None:
         pieces = (table for piece in part.slices for table in _read_slice(merged, *piece))
         tables = _even(pieces, schema, options, size)
-        vectors = [column.name for column in options.columns if column.shape]
-        write_groups(schema, tables, path, vectors, size, options.form.encoding)
+        write_groups(schema, tables, path, vector_columns(options), size, options.form.encoding)
 
     metadata_folder(output).write(part.name, save)
 

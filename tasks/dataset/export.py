@@ -24,8 +24,8 @@ from tasks.dataset.description import DESCRIPTION
 from tasks.dataset.schema import read_schema
 from tasks.dataset.vectors import VectorFormat, vector_array
 from tasks.manifest import MANIFEST
-from tasks.storage.arrow_file import arrow_file
 from tasks.relocation import find_places, missing_dataset
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.durable import publish
 from tasks.storage.folder import Folder
 from tasks.storage.temporary_space import scratch

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,29 +19,41 @@ from embedders.webdataset import open_shard, sample_json
 from tasks.dataset.column_types import plain_schema, plain_table, refused_by_arrow
 from tasks.dataset.description import columns_made
 from tasks.dataset.ids import canonical_ids, repeated
+from tasks.dataset.vectors import READ_BYTES
 from tasks.shards import Shard
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import in_bulk
 
+ROWS_OF_A_COLUMN = 1 << 16
+"""Rows that are read at a time where only one column is."""
 MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
 """Shares of ids without a partner: of either side in the whole dataset, and of the smaller side in one shard."""
 
 
 @contextmanager
 def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet beside a shard's tar.
+    """Open the Parquet beside a shard's tar.
 
-    :raises InputError: it is not readable as Parquet, or has no id column.
+    Raises:
+        InputError: It is not readable as Parquet, or has no id column.
     """
     assert shard.metadata is not None
     where = f"{shard.dataset}/{shard.metadata}"
-    opened = shard.source.open(shard.metadata)  # what a store says here is not of the file's content
+    options = {"buffer_size": READ_BYTES} if shard.source.is_local else {}  # of a store, a column is one request
+    with arrow_file(shard.source, shard.metadata) as file:
+        with _unreadable(where):
+            parquet = pq.ParquetFile(file, pre_buffer=False, **options)
+        if id_col not in parquet.schema_arrow.names:
+            columns = ", ".join(parquet.schema_arrow.names)
+            raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
+        yield parquet
+
+
+@contextmanager
+def _unreadable(where: str) -> Iterator[None]:
+    """Say which metadata it is that Arrow cannot read."""
     try:
-        with opened as file:
-            parquet = pq.ParquetFile(file)
-            if id_col not in parquet.schema_arrow.names:
-                columns = ", ".join(parquet.schema_arrow.names)
-                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
-            yield parquet
+        yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error; what Arrow says of a file's content has no number
@@ -52,16 +65,21 @@ def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
 def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
-    :param ids: the samples' ids, where the tar was looked at.
-    :param unique: whether a repeated id is an error; otherwise its first row is the one that is joined.
-    :raises InputError: it does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is
-        a sample's.
+    Args:
+        shard: The shard; one without such a Parquet passes.
+        id_col: The column with the ids.
+        ids: The samples' ids, if the tar was looked at.
+        unique: Whether a repeated id is an error; otherwise its first row is the one that is joined.
+
+    Raises:
+        InputError: It does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is a
+            sample's.
     """
     if shard.metadata is None:
         return
     where = f"{shard.dataset}/{shard.metadata}"
-    with open_metadata(shard, id_col) as parquet:
-        column = parquet.read([id_col]).column(id_col)
+    with open_metadata(shard, id_col) as parquet, _unreadable(where):
+        column = parquet.read([id_col]).column(id_col)  # it also reads a column called "id_col.other"
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
@@ -79,11 +97,16 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
     """Refuse a shard whose rows and samples hardly have an id in common.
 
-    :param partners: ids that both sides have.
-    :param counts: rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
-        crawl's metadata lists images that were never fetched.
-    :param examples: an id of a row and one of a sample.
-    :raises InputError: over 99 % of the smaller side has no partner.
+    Args:
+        where: How the message names the metadata.
+        id_col: The column with the ids.
+        partners: How many ids both sides have.
+        counts: Rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
+            crawl's metadata lists images that were never fetched.
+        examples: An id of a row and one of a sample.
+
+    Raises:
+        InputError: Over 99 % of the smaller side has no partner.
     """
     if not min(counts) or 1 - partners / min(counts) <= MISMATCH_REFUSED:
         return
@@ -95,41 +118,77 @@ def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, i
 
 
 def no_rows(where: str) -> InputError:
-    """What is said of metadata that describes nothing."""
+    """Return what is said of metadata that describes nothing."""
     return InputError(f"{where}: no rows; replace it, or take it away and the samples' json is the metadata")
 
 
 def repeated_id(where: str, value: Any, row: int) -> InputError:
-    """What is said of an id that is there twice."""
+    """Return what is said of an id that is there twice."""
     return InputError(
         f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard "
         "(--repeated-ids quarantine joins the first such row and lists the others)"
     )
 
 
-def read_ids(shard: Shard, id_col: str) -> pa.ChunkedArray:
-    """The id of every metadata row as text; nulls stay null."""
-    if shard.metadata is None:
-        return canonical_ids(json_metadata(shard, id_col).column(id_col))
-    with open_metadata(shard, id_col) as parquet:
-        return canonical_ids(parquet.read([id_col]).column(id_col))  # it also reads a column called "id_col.other"
+@dataclass(frozen=True)
+class MetadataRows:
+    """A shard's metadata in plain types (see `tasks.dataset.column_types`), read a few rows at a time.
+
+    Attributes:
+        schema: All its columns, and the notes of the file.
+        read: Given the names of columns, and how many rows at most, yields tables of them one after the other.
+    """
+
+    schema: pa.Schema
+    read: Callable[[Sequence[str], int], Iterator[pa.Table]]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of all rows."""
+        tables = list(self.read([name], ROWS_OF_A_COLUMN))
+        return pa.chunked_array([chunk for table in tables for chunk in table.column(0).chunks], self.type_of(name))
+
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the type of a column."""
+        return self.schema.field(name).type
 
 
-def read_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """A shard's metadata as it is, in plain types; see `tasks.dataset.column_types`.
+@contextmanager
+def open_rows(shard: Shard, id_col: str) -> Iterator[MetadataRows]:
+    """Open a shard's metadata. Without a Parquet beside the tar, its rows are the samples' json members.
 
-    Without a Parquet beside the tar, its rows are the samples' json members.
+    Raises:
+        InputError: It is not readable as Parquet, now or when rows are read, or has no id column.
     """
     if shard.metadata is None:
-        return json_metadata(shard, id_col)
+        table = json_metadata(shard, id_col)
+        yield MetadataRows(table.schema, lambda names, size: _slices(table.select(names), size))
+        return
+    where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
-        # Not all at once: Arrow cannot read dictionaries inside lists or structs across row groups.
-        groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
-        return plain_table(pa.concat_tables(groups) if groups else parquet.read())
+        yield MetadataRows(
+            plain_schema(parquet.schema_arrow), lambda names, size: _batches(parquet, list(names), size, where)
+        )
+
+
+def _slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    return (table.slice(start, size) for start in range(0, len(table), size))
+
+
+def _batches(parquet: pq.ParquetFile, names: list[str], size: int, where: str) -> Iterator[pa.Table]:
+    """Yield some columns of a Parquet file, `size` rows or the rest of a row group at a time."""
+    for group in range(parquet.num_row_groups):  # not all: Arrow reads no dictionaries inside lists across row groups
+        with _unreadable(where):
+            batches = parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+        while True:
+            with _unreadable(where):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield plain_table(pa.Table.from_batches([batch]).select(names))
 
 
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """One row a sample from its json member, with every key of any of them as a column, the id first."""
+    """Return one row per sample from its json member, with every key of any of them as a column, the id first."""
     with shard.source.local_copy(shard.tar) as path:
         opened = open_shard(path, id_col, key_dot=shard.key_dot)
         rows = [
@@ -142,12 +201,12 @@ def json_metadata(shard: Shard, id_col: str) -> pa.Table:
 
 
 def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
-    """A json object whose id column is what the sample goes by, also where it was missing or null."""
+    """Return a json object whose id column is what the sample goes by, also where it was missing or null."""
     return row if row.get(id_col) is not None else {**row, id_col: sample_id}
 
 
 def json_column(values: list[Any]) -> pa.Array:
-    """Json values as a column; as text where they are not of one type, text staying as it is."""
+    """Return json values as a column; as text where they are not of one type, text staying as it is."""
     try:
         column = pa.array(values)
         same = not has_empty_struct(column.type)
@@ -160,7 +219,7 @@ def json_column(values: list[Any]) -> pa.Array:
 
 
 def has_empty_struct(kind: pa.DataType) -> bool:
-    """Whether a type holds the json object `{}`, which Parquet cannot write."""
+    """Return whether a type holds the json object `{}`, which Parquet cannot write."""
     if pa.types.is_struct(kind) and not kind.num_fields:
         return True
     return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
@@ -239,13 +298,18 @@ def json_members(shard: Shard) -> str:
 def unified_schema(
     shards: Sequence[Shard], id_col: str, columns: Collection[str], held: pa.Schema | None = None
 ) -> pa.Schema:
-    """The schema that the metadata of all these shards has in common, from the footers of their Parquets.
+    """Return the schema that the metadata of all these shards has in common, from the footers of their Parquets.
 
     A column that some lack is null there; an int that is a float elsewhere is a float; ids of several types are text.
 
-    :param columns: the names of the layers' columns, which are none of the metadata.
-    :param held: the schema of what is merged already and stays.
-    :raises InputError: a column's types cannot be one, or a Parquet does not open or lacks the id column.
+    Args:
+        shards: Those without a Parquet count for nothing.
+        id_col: The column with the ids.
+        columns: The names of the layers' columns, which are none of the metadata.
+        held: The schema of what is merged already and stays.
+
+    Raises:
+        InputError: A column's types cannot be one, or a Parquet does not open or lacks the id column.
     """
 
     def schema_of(shard: Shard) -> pa.Schema:
@@ -272,7 +336,7 @@ def unified_schema(
 
 
 def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str) -> pa.Field:
-    """One field that holds the values of two."""
+    """Return one field that holds the values of two."""
     if one.type == other.type:
         return one
     if one.name == id_col and not (pa.types.is_integer(one.type) and pa.types.is_integer(other.type)):
@@ -287,9 +351,10 @@ def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str)
 
 
 def conform(table: pa.Table, schema: pa.Schema, id_col: str) -> pa.Table:
-    """A shard's metadata in the schema of the dataset.
+    """Return a shard's metadata in the schema of the dataset.
 
-    :raises InputError: a value does not fit the column's type, or the file has changed since the schema was made.
+    Raises:
+        InputError: A value does not fit the column's type, or the file has changed since the schema was made.
     """
     if table.schema.equals(schema):
         return table

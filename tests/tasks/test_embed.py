@@ -17,7 +17,7 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.dataset.metadata import read_metadata
+from tasks.dataset.metadata import json_metadata
 from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.embed import EmbedOptions
 from tasks.records import LayerRecord, read_layer_record
@@ -250,7 +250,7 @@ def test_keys_by_the_last_dot_join_their_metadata(
     (shard,) = find_shards(shard.dataset, shard.output, "last")
     (by_last,) = embed([shard], tiny)
     assert (by_last.embedded, by_last.quarantined) == (2, {})
-    assert read_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]
+    assert json_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]
 
 
 class Leaves(Lengths):

@@ -118,7 +118,7 @@ def test_columns_that_some_shards_lack_and_numbers_of_two_kinds_become_one_schem
         {"key": ["b"], "n": [1.5], "late": [datetime.date(2024, 1, 2)], "box": [{"x": 2, "y": "z"}]},
         {"nothing": [True], "key": ["c"], "n": pa.array([3], pa.int8())},
     )
-    schema = unified_schema([*shards, make_shard("3")], "key", "image_embedding")
+    schema = unified_schema([*shards, make_shard("3")], "key", ["image_embedding"])
     assert {field.name: str(field.type) for field in schema} == {
         "key": "string",
         "n": "double",
@@ -154,19 +154,19 @@ def test_columns_that_would_be_lost_are_refused(make_shard: MakeShard, names: li
 @pytest.mark.parametrize("notes", [{"embeddings": '[{"column": "v"}]'}, {"shard_embed_columns": '["w", "v"]'}])
 def test_a_column_of_ours_is_known_by_the_footer(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
-    assert unified_schema([shard], "key", "v").names == ["key"]
+    assert unified_schema([shard], "key", ["v"]).names == ["key"]
 
 
-@pytest.mark.parametrize("notes", [{}, {"embedding": "[1]"}, {"embedding": "no json"}, {"shard_embed_columns": "3"}])
+@pytest.mark.parametrize("notes", [{}, {"embeddings": "[1]"}, {"embeddings": "no json"}, {"shard_embed_columns": "3"}])
 def test_notes_of_somebody_else_are_no_record(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
     with pytest.raises(InputError, match="has a column 'v' that shard-embed did not write"):
-        unified_schema([shard], "key", "v")
+        unified_schema([shard], "key", ["v"])
 
 
 def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:
     shards = described(make_shard, {"key": [12]}, {"key": ["x"]}, {"key": [7.0]})
-    schema = unified_schema(shards, "key", "image_embedding")
+    schema = unified_schema(shards, "key", ["image_embedding"])
     assert schema.field("key").type == pa.string()
     assert conform(pa.table({"key": [7.0, None]}), schema, "key")["key"].to_pylist() == ["7", None]
 
@@ -174,7 +174,7 @@ def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:
 def test_types_that_cannot_be_one_are_refused_by_name(make_shard: MakeShard) -> None:
     shards = described(make_shard, {"key": ["a"], "n": [1]}, {"key": ["b"], "n": ["one"]})
     with pytest.raises(InputError, match=r"1\.parquet: column 'n' is string, and int64 in .*0\.parquet; make it one"):
-        unified_schema(shards, "key", "image_embedding")
+        unified_schema(shards, "key", ["image_embedding"])
 
 
 def test_a_value_that_does_not_fit_is_refused_by_name() -> None:
@@ -187,6 +187,6 @@ def test_one_schema_stays_as_it_is_and_a_held_one_is_widened(make_shard: MakeSha
     field = pa.field("key", pa.string(), nullable=False)
     table = pa.table([pa.array(["a"])], schema=pa.schema([field]))
     shard = make_shard(metadata=table)
-    assert unified_schema([shard], "key", "v").field("key") == field
+    assert unified_schema([shard], "key", ["v"]).field("key") == field
     held = pa.schema([("n", pa.int64()), ("key", pa.string())])
-    assert unified_schema([shard], "key", "v", held).names == ["n", "key"]
+    assert unified_schema([shard], "key", ["v"], held).names == ["n", "key"]
