@@ -1,9 +1,9 @@
-"""The merge beside plain pyarrow, indexes beside DALI's own script, and what a run costs that has nothing to do.
+"""Measure the merge beside plain pyarrow, indexes beside DALI's script, and a run that has nothing to do.
 
     python -m benchmarks.merge [--part merge|memory|join|index|plan|rerun] [--shards N] [--folder FOLDER]
 
-Prints each figure with the one it is compared with, taken in the same run on the same machine, and their ratio. Files
-are written first and read from memory: disks are not what is measured.
+Prints each figure beside the one it is compared with, from the same run on the same machine, and their ratio. Files are
+written first and then read from memory, so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ INDEXED_TARS, INDEXED_SAMPLES, IMAGE_BYTES = 8, 4096, 55_000
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table."""
+    """A line of the table: what was measured, the goal, and the figure."""
 
     what: str
     asked: str
@@ -116,7 +116,7 @@ def _columns(name: str, rows: int) -> dict[str, Any]:
 
 
 def _write_inputs(folder: str, name: str, rows: int, dimensions: int, shuffle: bool) -> Shard:
-    """Write a shard's metadata and its layer; its tar is never read."""
+    """Write a shard's metadata and its embeddings in another order. Its tar is never read."""
     rng = np.random.default_rng(int(name))
     data = Path(folder, "data")
     data.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _options(dimensions: int = DIMENSIONS) -> MergeOptions:
 
 
 def _copy(folder: str, names: Sequence[str]) -> None:
-    """What reading and writing the same bytes takes: no join, no checksums, the fastest settings."""
+    """Read and write the same bytes without a join or checksums, with the fastest settings."""
     pa.set_cpu_count(1)
     Path(folder, "plain").mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -207,12 +207,12 @@ def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int
 
 
 def _one_core() -> None:
-    """Let a worker's Arrow have the one core that is its own."""
+    """Limit Arrow in a worker to the one core that is the worker's."""
     pa.set_cpu_count(1)
 
 
 def _reset_peak() -> int:
-    """Forget the process's peak of memory; bytes that it has now."""
+    """Reset the process's peak of memory; return the bytes that it has now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -307,7 +307,7 @@ def _seconds(way: Callable[[], Any]) -> float:
 
 
 def index(folder: str, tars: int = INDEXED_TARS) -> list[Figure]:
-    """Index files of tars, by DALI's script and by ours, and what of the tars had to be read."""
+    """Make the index files of tars with DALI's script and with ours, and measure how much of the tars is read."""
     paths = [Path(folder, "tars", f"{number:05}.tar") for number in range(tars)]
     paths[0].parent.mkdir(exist_ok=True)
     _write_tar(paths[0])
@@ -338,7 +338,7 @@ def _write_tar(path: Path) -> None:
 
 
 def _time_indexing(folder: str) -> float:
-    """Seconds for the index files of all tars, in one process that is there, as a worker is."""
+    """Return the seconds for the index files of all tars, in a process that has started, as a worker has."""
     from tasks.index import index_tar
 
     shards = find_shards(f"{folder}/tars", f"{folder}/indexed")
@@ -350,7 +350,7 @@ def _time_indexing(folder: str) -> float:
 
 
 def _time_wds2idx(paths: Sequence[Path]) -> float:
-    """Seconds for DALI's script, run on one tar after the other as its documentation has it."""
+    """Return the seconds of DALI's script, run on one tar after the other as its documentation says."""
     script = shutil.which("wds2idx", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") or "wds2idx"
     started = time.perf_counter()
     for path in paths:
@@ -360,7 +360,7 @@ def _time_wds2idx(paths: Sequence[Path]) -> float:
 
 
 def _share_read(folder: str) -> float:
-    """The share of a tar's pages that are in memory after it was dropped from there and indexed."""
+    """Drop a tar from memory and index it; return the share of its pages that are in memory then."""
     from tasks.index import index_tar
 
     shard = find_shards(f"{folder}/tars", f"{folder}/indexed")[0]
@@ -374,7 +374,7 @@ def _share_read(folder: str) -> float:
 
 
 def _resident(descriptor: int, size: int) -> float:
-    """The share of a file's pages that are in memory."""
+    """Return the share of a file's pages that are in memory."""
     data = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     pages = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
     start = ctypes.addressof(ctypes.c_char.from_buffer(data))
@@ -386,7 +386,7 @@ def _resident(descriptor: int, size: int) -> float:
 
 
 def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]:
-    """How long the plan of an output takes in which every shard is done, and what it holds in memory."""
+    """Plan an output in which every shard is done; measure the time and the memory."""
     figures = []
     for count, asked in zip(counts, ("< 10 s, < 500 MB", "< 90 s"), strict=False):
         if not Path(folder, f"finished-{count}/out/manifest.json").exists():
@@ -399,7 +399,7 @@ def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]
 
 
 def make_finished(folder: Path, count: int) -> None:
-    """A dataset and an output of finished shards that hold next to nothing; their footers are as long as real ones."""
+    """Write a dataset and an output of nearly empty finished shards, with footers as long as real ones."""
     (recipe,) = recipes_of(_embedder())
     for name in ("data", f"out/layers/{COLUMN}", "out/metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -440,7 +440,7 @@ def _embedder() -> TimmImageEmbedder:
 
 
 def _plan(folder: str) -> tuple[float, int, int, int]:
-    """Of what the command does before its flow: seconds, memory it took, all of the process's, shards left to do."""
+    """Return what the command needs before its flow: seconds, memory, memory of the process, and shards to do."""
     from flows.config import EmbedConfig
     from flows.prepare import prepare
 
@@ -462,7 +462,7 @@ def _config(kind: Any, folder: str) -> Any:
 
 
 def rerun(folder: str, count: int = 10_000) -> list[Figure]:
-    """The command over an output in which every shard is done: by itself, and with a Prefect server that is told."""
+    """Run the command over an output in which every shard is done, with and without a Prefect server."""
     finished = Path(folder, f"finished-{count}")
     if not (finished / "out/manifest.json").exists():
         make_finished(finished, count)
@@ -505,7 +505,7 @@ PARTS = {"merge": merge, "memory": memory, "join": join, "index": index, "plan":
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print the table."""
+    """Measure, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--part", "--only", choices=PARTS, action="append", help="one of them; by default all")
     parser.add_argument("--shards", type=int, help="instead of what the part usually has")

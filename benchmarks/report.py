@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report [IMAGES]`: what report.html and a search take over synthetic vectors."""
+"""`python -m benchmarks.report [IMAGES]`: measure report.html and a search over synthetic vectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYER = "image_embedding"
 
 
 def write_output(output: Path, images: int) -> None:
-    """An output of clustered unit vectors without a dataset behind it."""
+    """Write an output of clustered unit vectors without a dataset."""
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(50, DIMENSIONS))
     (output / "layers/image_embedding").mkdir(parents=True)
@@ -60,7 +60,7 @@ def write_output(output: Path, images: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print."""
+    """Measure, print the figures, and return the exit status."""
     images = int(arguments[0]) if arguments else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"

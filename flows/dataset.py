@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
-from tasks.cluster import choose_device, count_gpus
 from tasks.dataset.description import columns_made
 from tasks.dataset.vectors import rows_per_group, write_groups
+from tasks.hardware import choose_device, count_gpus
 from tasks.manifest import Manifest
 from tasks.storage.folder import Folder
 
@@ -67,7 +67,7 @@ def get_client(
         raise InputError(f"cluster_type is {cluster_type!r}; give 'gpu' or 'cpu'")
     if options:
         raise InputError(
-            f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/cluster.py"
+            f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/own_cluster.py"
         )
     if cluster_type == "gpu" and scheduler_address is None:
         if not count_gpus():

@@ -5,6 +5,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,21 +25,24 @@ from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_ov
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
-from tasks.cluster import OwnCluster, choose_device, choose_workers, own_cluster, task_runner
 from tasks.counted import counted
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.even_files import missing_parts, part_groups, write_parts
 from tasks.dataset.schema import common_schema
 from tasks.embed import EmbedOptions, embed_shards
+from tasks.existing_cluster import task_runner
+from tasks.hardware import choose_device
 from tasks.index import index_shards
 from tasks.manifest import MANIFEST, Manifest, Timing, account, write_manifest
 from tasks.merge import SHARDS_PER_MERGE, merge_shards
+from tasks.own_cluster import OwnCluster, own_cluster
 from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
 from tasks.records import intact, seconds_in_work
 from tasks.retries import ShardFailure, ShardsFailed
 from tasks.run_lock import only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
+from tasks.worker_count import choose_workers
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -517,9 +521,19 @@ def span(shards: Sequence[Shard]) -> str:
     return first if first == last else f"{first}\N{EN DASH}{last}"
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line of `python -m flows.embed`, or of `shard-embed embed`, and return its exit status.
+
+    Args:
+        arguments: What follows the command's name; by default this process's.
+    """
+    from flows import cli
+
+    return cli.main(sys.argv[1:] if arguments is None else arguments, run)
+
+
 if __name__ == "__main__":
-    import sys
+    # By its name: Prefect sends the flow to the workers, and a flow of `__main__` would be sent with all it refers to.
+    from flows.embed import main
 
-    from flows.cli import main
-
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

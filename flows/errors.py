@@ -1,27 +1,40 @@
-"""What went wrong, as one line for a person."""
+"""What a command says when its call is wrong."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import ValidationError
 
-if TYPE_CHECKING:
-    pass
+from embedders.errors import one_line
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, as one line for a person."""
+def explain(error: BaseException) -> str:
+    """Return one line that says what is wrong with a call, and which option to change.
+
+    Args:
+        error: What the command raised. If pydantic refused a value somewhere beneath it, the line names the option.
+
+    Example:
+        >>> explain(error)  # of `python -m flows.embed shards --output out --batch-size 0`
+        "--batch-size: give greater than or equal to 1 or 'auto', not '0'"
+    """
+    refused = _refusal(error)
+    if refused is None:
+        return one_line(error)
+    first = refused.errors()[0]
+    option = "--" + str(first["loc"][0]).replace("_", "-")
+    if first["type"].startswith("byte_size"):
+        return f"{option}: give a size such as 20GB or 500MiB, not {first['input']!r}"
+    wanted = dict.fromkeys(str(each["msg"]).removeprefix("Input should be ") for each in refused.errors())
+    return f"{option}: give {' or '.join(wanted)}, not {first['input']!r}"
+
+
+def _refusal(error: BaseException) -> ValidationError | None:
+    """Return pydantic's error that an error is, or was raised from; None if it has nothing to do with pydantic."""
     cause: BaseException | None = error
     seen: set[int] = set()  # a store's client may raise an error that leads back to itself
-    while cause is not None and not isinstance(cause, ValidationError) and id(cause) not in seen:
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, ValidationError):
+            return cause
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, ValidationError):
-        first = cause.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        if first["type"].startswith("byte_size"):
-            return f"{option}: give a size such as 20GB or 500MiB, not {first['input']!r}"
-        wrong = " or ".join(dict.fromkeys(str(e["msg"]).removeprefix("Input should be ") for e in cause.errors()))
-        return f"{option}: give {wrong}, not {first['input']!r}"
-    return " ".join(str(error).split())
+    return None

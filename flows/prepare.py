@@ -18,19 +18,21 @@ from embedders.samples import chosen_extensions
 from embedders.webdataset import OpenShard, twice
 from flows.config import EmbedConfig
 from flows.progress import Progress
-from tasks.cluster import OwnCluster, choose_device, choose_workers
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import check_json_members, check_metadata
 from tasks.dataset.schema import held_schema
+from tasks.existing_cluster import check_scheduler
+from tasks.hardware import choose_device
 from tasks.index import open_local
 from tasks.layers import ID
 from tasks.manifest import Manifest
+from tasks.own_cluster import OwnCluster
 from tasks.plan import Plan, plan_in_one_schema
 from tasks.records import PART
-from tasks.scheduler import check_scheduler
 from tasks.shards import find_shards, with_content_fingerprints
 from tasks.storage.folder import Folder
 from tasks.worker.shared_engine import embedders_of
+from tasks.worker_count import choose_workers
 
 CHECKED_TARS = 8
 CHECKED_METADATA = 64

@@ -1,4 +1,4 @@
-"""`python -m flows.report OUT`: one page that shows what an output holds; it needs no network to be looked at."""
+"""`python -m flows.report OUT`: write report.html, one page that shows what an output holds, without a network."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
-from flows.errors import one_line
+from flows.errors import explain
 from tasks.counted import counted
-from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
+from tasks.dataset.sampling import Sampled, sample_vectors
+from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.records import LayerRecord, layer_record, read_footers
 from tasks.storage.folder import Folder, writing
@@ -29,11 +30,14 @@ app = App(
 )
 REPORT = "report.html"
 VECTORS = 6000
+"""Vectors that are sampled."""
 MAP_POINTS = 1200
 QUERIES, NEIGHBOURS = 12, 6
-DUPLICATES, SAME = 24, 0.98
+DUPLICATES = 24
+DUPLICATE_COSINE = 0.98
+"""Pairs with a higher cosine count as near duplicates."""
 QUARANTINED = 48
-SECONDS_A_BIN = 60
+SECONDS_PER_BIN = 60
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em}h2{margin-top:2em;border-bottom:1px solid #ddd}td,th{padding:.15em 1em .15em 0;text-align:left;
 vertical-align:top}.wrong{background:#fdd;border-left:6px solid #c00;padding:.6em 1em}.row{display:flex;gap:8px;
@@ -49,13 +53,22 @@ map.on('plotly_unhover',()=>{hover.style.display='none'});</script>"""
 def write_report(
     output: str, seed: int = 0, dataset: str | None = None, note: Callable[[str], None] = lambda text: None
 ) -> str:
-    """Write report.html into an output; its place.
+    """Write report.html into an output and return its path or URL.
 
-    What is read does not grow with the dataset: footers apart, a few shards' vectors and some hundred images.
+    Apart from the footers, it reads only a few shards' vectors and some hundred images, however large the dataset is.
 
-    :param dataset: where the dataset is, if it is not where the manifest says.
-    :param note: is told why pictures are missing, if they are.
-    :raises InputError: the output has no manifest, or cannot be written to.
+    Args:
+        output: Folder or fsspec URL of the output.
+        seed: Seed of the sample of vectors.
+        dataset: Where the dataset is, if it is not where the manifest says.
+        note: Called with a line if pictures are missing.
+
+    Raises:
+        InputError: The output has no manifest, or cannot be written to.
+
+    Example:
+        >>> write_report("out")
+        '/data/out/report.html'
     """
     try:
         import plotly.offline
@@ -93,7 +106,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
         "rows": manifest.told_rows,
-        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
+        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s, start-up excluded",
         "dimensions": manifest.dimensions,
         **manifest.embedder,
         **({"precision": manifest.computed} if manifest.computed else {}),
@@ -131,14 +144,14 @@ def _text(value: Any) -> str:
 
 
 def _throughput(folder: Folder, layer: str) -> str:
-    """Images a second over time by worker, from the times in the footers."""
+    """Draw each worker's images per second over time, from the times in the footers."""
     files = Folder(folder.place(f"layers/{layer}"))
     footers = read_footers(files, files.list(".parquet"))
     records = [record for _, footer in footers if (record := layer_record(footer)) and record.work]
     if not records:
         return ""
     began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)
-    bins = int(min(max((ended - began) / SECONDS_A_BIN, 20), 200))
+    bins = int(min(max((ended - began) / SECONDS_PER_BIN, 20), 200))
     edges = np.linspace(began, max(ended, began + 0.01), bins + 1)
     lines = {worker: np.zeros(bins) for worker in sorted({record.worker for record in records})}
     for record in records:
@@ -155,7 +168,7 @@ STAGES = ("read", "decode", "model", "write")
 
 
 def _stages(records: Sequence[LayerRecord]) -> str:
-    """What each worker's time went to. Stages run side by side: the longest one is what the others wait for."""
+    """Show what each worker spent its time on. Stages run in parallel, so the others wait for the longest one."""
     rows = []
     for worker in sorted({record.worker for record in records}):
         works = [record.work for record in records if record.worker == worker]
@@ -170,7 +183,15 @@ def _stages(records: Sequence[LayerRecord]) -> str:
 
 
 def _rate(record: LayerRecord, edges: np.ndarray) -> np.ndarray:
-    """A shard's images a second in each bin, spread evenly over the time that it was in work."""
+    """Return a shard's images per second in each bin, as if it had been processed at a constant rate.
+
+    Args:
+        record: The shard's record.
+        edges: Edges of the bins as times in seconds, (bins + 1,).
+
+    Returns:
+        (bins,) float64.
+    """
     start, stop = record.work["began"], max(record.work["ended"], record.work["began"] + 0.01)
     inside = np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
     return np.asarray(inside / (stop - start) * record.samples / np.diff(edges))
@@ -193,7 +214,7 @@ def _spread(sampled: Sampled) -> str:
 
 
 def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
-    """The sample in two dimensions."""
+    """Draw the sampled vectors in two dimensions, with the image of the point under the pointer."""
     rows = generator.permutation(len(sampled.vectors))[:MAP_POINTS]
     points, how = _flattened(sampled.vectors, rows)
     places = [sampled.places[row] for row in rows]
@@ -208,7 +229,15 @@ def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gener
 
 
 def _flattened(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str]:
-    """Some rows of a matrix in two dimensions, and by what: UMAP if it is installed, else principal components."""
+    """Project vectors to two dimensions, by UMAP if it is installed, else by principal components.
+
+    Args:
+        vectors: (n, dimensions) float32.
+        rows: Indices of those to project, (m,).
+
+    Returns:
+        The points, (m, 2), and the name of the method.
+    """
     try:
         from umap import UMAP
     except ImportError:
@@ -216,13 +245,12 @@ def _flattened(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str]:
         _, axes = np.linalg.eigh(centred.T @ centred)
         return centred[rows] @ axes[:, -2:][:, ::-1], "principal components"
     neighbours = min(15, max(2, len(rows) - 1))
-    return np.asarray(
-        UMAP(n_neighbors=neighbours, metric="cosine", random_state=0).fit_transform(vectors[rows])
-    ), "UMAP"
+    projection = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0)
+    return np.asarray(projection.fit_transform(vectors[rows])), "UMAP"
 
 
 def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
-    """Nearest neighbours of some images, and pairs that are nearly the same."""
+    """Show the nearest neighbours of some images, and pairs that are nearly the same."""
     unit = sampled.vectors / np.maximum(np.linalg.norm(sampled.vectors, axis=1, keepdims=True), 1e-30)
     queries = generator.permutation(len(unit))[:QUERIES]
     rows = []
@@ -234,8 +262,8 @@ def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gen
     shown = [sampled.places[i] for row in rows for i, _ in row] + [sampled.places[i] for p in pairs for i in p[1:]]
     urls = pictures.of(shown, 96) if pictures else {}
 
-    def figure(i: int, said: str) -> str:
-        return _figure(urls.get(sampled.places[i]), f"{said} {' '.join(sampled.places[i])}")
+    def figure(i: int, label: str) -> str:
+        return _figure(urls.get(sampled.places[i]), f"{label} {' '.join(sampled.places[i])}")
 
     def score(cosine: float) -> str:
         return "" if np.isinf(cosine) else f"{cosine:.3f}"
@@ -244,17 +272,17 @@ def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gen
     same = "".join(f"<div class=row>{figure(a, f'{c:.4f}')}{figure(b, '')}</div>" for c, a, b in pairs)
     return (
         f"<h2>Nearest neighbours in the sample</h2>{near}<h2>Near duplicates in the sample</h2>"
-        f"{same or f'<p>No pair with a cosine above {SAME}.</p>'}"
+        f"{same or f'<p>No pair with a cosine above {DUPLICATE_COSINE}.</p>'}"
     )
 
 
 def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
-    """The pairs of rows with the highest cosines above `SAME`; a block of the product at a time."""
+    """Return the pairs of rows with the highest cosines above DUPLICATE_COSINE; compute the product in blocks."""
     found: list[tuple[float, int, int]] = []
     for start in range(0, len(unit), 512):
         cosines = unit[start : start + 512] @ unit[start:].T
         cosines[np.tril_indices(len(cosines), 0, cosines.shape[1])] = 0
-        flat = np.flatnonzero(cosines.ravel() > SAME)
+        flat = np.flatnonzero(cosines.ravel() > DUPLICATE_COSINE)
         best = flat[np.argsort(-cosines.ravel()[flat])[:DUPLICATES]]
         a, b = np.unravel_index(best, cosines.shape)
         block = zip(cosines[a, b].tolist(), (a + start).tolist(), (b + start).tolist(), strict=True)
@@ -280,7 +308,7 @@ def _figure(url: str | None, caption: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element."""
+    """Return JSON that can stand in a script element."""
     return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\!--")
 
 
@@ -300,17 +328,17 @@ def report(output: str, *, dataset: str | None = None) -> None:
     output
         The --output of a run of flows.embed.
     dataset
-        The dataset's folder, if it is not where it was: the pictures are read from there.
+        The dataset's folder, if it has moved. The pictures are read from there.
     """
     print(write_report(output, dataset=dataset, note=lambda text: print(text, file=sys.stderr)))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.cluster import count_gpus
+from tasks.hardware import count_gpus
 from tasks.dataset.ids import repeated
 
 logger = logging.getLogger(__name__)

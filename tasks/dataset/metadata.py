@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedders.errors import InputError
+from embedders.errors import InputError, one_line
 from embedders.ids import printable
 from embedders.quarantine import Reason
 from embedders.webdataset import open_shard, sample_json
@@ -57,9 +57,7 @@ def _unreadable(where: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error; what Arrow says of a file's content has no number
-        raise InputError(
-            f"{where}: not readable as Parquet ({' '.join(str(error).split())[:120]}); replace it"
-        ) from error
+        raise InputError(f"{where}: not readable as Parquet ({one_line(error, limit=120)}); replace it") from error
 
 
 def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
@@ -369,7 +367,7 @@ def conform(table: pa.Table, schema: pa.Schema, id_col: str) -> pa.Table:
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
         except pa.ArrowException as error:
-            detail = " ".join(str(error).split())[:120]
+            detail = one_line(error, limit=120)
             raise InputError(f"column {field.name!r} does not fit {field.type}: {detail}") from error
     extra = [name for name in table.column_names if name not in schema.names]
     if extra:

@@ -20,9 +20,10 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from embedders import ImageEmbedder
 from embedders.webdataset import open_shard
-from flows.cli import COMMON, main
+from flows.cli import COMMON
 from flows.config import EmbedConfig
 from flows.demo_data import load_photograph
+from flows.embed import main
 
 from .conftest import processes_with
 

@@ -6,12 +6,15 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import ON_A_CPU, ON_A_GPU, sized
 from benchmarks.throughput import parse
+from flows.__main__ import COMMANDS, main
 from tasks.counted import counted
 
 from .conftest import ROOT
@@ -40,6 +43,21 @@ def test_help_is_all_that_help_does(module: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.lower().startswith("usage: python -m ")
     assert not list(tmp_path.glob("demo-*"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_installed_command_has_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    shard_embed = EntryPoint("shard-embed", scripts["shard-embed"], "console_scripts").load()
+    assert shard_embed([command, "--help"]) == 0
+    assert capsys.readouterr().out.lower().startswith(f"usage: python -m flows.{command}")
+
+
+def test_an_unknown_command_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.count("\n  ") == len(COMMANDS)
+    assert main(["embedd"]) == 2
+    assert "no command 'embedd'; give one of: embed, search" in capsys.readouterr().err
 
 
 def test_the_benchmark_without_arguments_needs_no_network() -> None:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.export import main
-from tasks.dataset import export as exports
 from tasks.dataset.description import describe, footer
+from tasks.dataset.export import faiss_index
 from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.plan import MergedColumn, MergeOptions
 
@@ -86,7 +86,7 @@ def test_npy_in_several_files_and_float16(tmp_path: Path) -> None:
 def test_faiss_finds_every_row_by_its_own_vector(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(exports, "BLOCK_BYTES", 40 * 16 * 4)
+    monkeypatch.setattr(faiss_index, "BLOCK_BYTES", 40 * 16 * 4)
     vectors = write_output(tmp_path, 100, 16, null=5, files=3)
     assert main([str(tmp_path), "--format", "faiss", "--index", kind]) == 0
     folder = tmp_path / "export/faiss"

@@ -20,7 +20,8 @@ import tasks
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.report import main, write_report
-from tasks.dataset.sampling import Pictures, data_url, sample_vectors
+from tasks.dataset.sampling import sample_vectors
+from tasks.dataset.thumbnails import Pictures, data_url
 from tasks.manifest import Timing, account, write_manifest
 from tasks.shards import find_shards
 from tasks.storage.folder import Folder

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flows.cli import main
+from flows.embed import main
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]

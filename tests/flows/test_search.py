@@ -123,10 +123,10 @@ def test_the_checkpoint_is_the_one_that_the_record_names(
     capsys.readouterr()
     now = tmp_path / "now/data/weights.safetensors"
     now.write_bytes(b"other weights")
-    assert f"{now} is another file by now; give the --checkpoint" in fails(capsys, tmp_path / "now/out", *call)
+    assert f"{now} is another file now; give the --checkpoint" in fails(capsys, tmp_path / "now/out", *call)
     now.unlink()
     said = fails(capsys, tmp_path / "now/out", *call)
-    assert f"was embedded with {weights}, which is not there any more; give --checkpoint" in said
+    assert f"was embedded with {weights}, which no longer exists; give --checkpoint" in said
 
 
 def test_a_hub_is_not_asked_for_what_is_on_this_machine(
@@ -170,4 +170,4 @@ def test_another_model_is_refused(
     manifest["embedder"]["normalized"] = False
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     call = (tmp_path / "out", "--image", made / "photo.jpg", "--checkpoint", checkpoint)
-    assert "by another model" in fails(capsys, *call)
+    assert "made by another model" in fails(capsys, *call)

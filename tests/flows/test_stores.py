@@ -21,7 +21,7 @@ import pytest
 import s3fs
 
 from embedders import TimmImageEmbedder
-from flows.cli import main
+from flows.embed import main
 from flows.sensor import new_shards
 from tasks.shards import find_shards
 from tests.layers import embed_all

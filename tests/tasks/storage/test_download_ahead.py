@@ -147,7 +147,7 @@ def test_a_tar_that_was_replaced_is_not_taken_for_the_planned_one(shards: list[S
 
 
 def test_a_tar_that_comes_short_is_noticed(shards: list[Shard]) -> None:
-    with Stage([replace(shards[0], tar_bytes=SIZE + 1)]) as stage, pytest.raises(OSError, match="bytes came of"):
+    with Stage([replace(shards[0], tar_bytes=SIZE + 1)]) as stage, pytest.raises(OSError, match="bytes arrived"):
         next(stage).path()
 
 
