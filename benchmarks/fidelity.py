@@ -29,7 +29,7 @@ from rich.table import Table
 
 from embedders import TimmImageEmbedder
 from embedders.dali import DaliLoader, Decode
-from embedders.loader import Encoded, Loader
+from embedders.loader import Encoded, Loader, ModelInput
 from embedders.preprocess import Preprocessing
 from embedders.reference import ReferenceLoader
 from embedders.webdataset import open_shard
@@ -72,18 +72,25 @@ def photographs(dataset: Path) -> list[np.ndarray]:
 
 def ways(embedder: TimmImageEmbedder, device: str) -> Iterator[tuple[str, torch.dtype, Callable[[], Loader]]]:
     """Yield the name of each loader to compare, the model's dtype, and a function that makes the loader."""
-    preprocessing, transform = embedder.preprocessing, embedder.preprocessing.transform()
-    common: dict[str, Any] = {"batch_size": BATCH, "num_threads": 2, "device": device, "dtype": torch.float32}
+    preprocessing = embedder.preprocessing
+    transform = preprocessing.transform()
+    common: dict[str, Any] = {"batch_size": BATCH, "num_threads": 2, "device": device}
     decodes = [Decode.EXACT, Decode.FAST] if device == "cuda" else [Decode.EXACT]
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
     mode = preprocessing.mode
-    yield "reference", torch.float32, lambda: ReferenceLoader(transform, mode=mode, **common)
+    yield (
+        "reference",
+        torch.float32,
+        lambda: ReferenceLoader([ModelInput(transform, preprocessing, torch.float32)], mode=mode, **common),
+    )
     for decode in decodes:
         for dtype in dtypes:
             yield (
                 f"DALI, {decode}",
                 dtype,
-                lambda d=decode: DaliLoader(transform, preprocessing=preprocessing, decode=d, **common),  # type: ignore[misc]
+                lambda d=decode, t=dtype: DaliLoader(  # type: ignore[misc]
+                    [ModelInput(transform, preprocessing, t)], decode=d, **common
+                ),
             )
     yield "NeMo Curator 0.9's", torch.float32, lambda: NemoLoader(preprocessing, device)
 
@@ -102,7 +109,7 @@ class NemoLoader:
         chunk = list(samples)
         for start in range(0, len(chunk), BATCH):
             part = chunk[start : start + BATCH]
-            yield LoadedBatch(self._load([s.data for s in part]), [s.tag for s in part])
+            yield (LoadedBatch(self._load([s.data for s in part]), [s.tag for s in part]),)
 
     def _load(self, images: list[np.ndarray]) -> torch.Tensor:
         import nvidia.dali
@@ -139,7 +146,7 @@ class NemoLoader:
 def load(loader: Loader, images: list[np.ndarray]) -> torch.Tensor:
     """Load all images with a loader; return them in order, on the CPU."""
     rows: dict[Any, torch.Tensor] = {}
-    for batch in loader.batches(Encoded(i, data) for i, data in enumerate(images)):
+    for (batch,) in loader.batches(Encoded(i, data) for i, data in enumerate(images)):
         rows.update(zip(batch.tags, batch.images.float().cpu().clone(), strict=True))
     loader.close()
     return torch.stack([rows[i] for i in range(len(images))])

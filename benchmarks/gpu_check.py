@@ -111,18 +111,17 @@ def embedded(
         loader="dali",
         autocast=autocast,
     )
-    model = embedder.load_embedding_model(device)
+    session = embedder.open(device)
     samples = [Encoded(i, np.frombuffer(jpeg, np.uint8)) for i, jpeg in enumerate(jpegs)]
     pixels: dict[Any, np.ndarray] = {}
     vectors: dict[Any, np.ndarray] = {}
-    loader = embedder._open_loader(device)
     with torch.inference_mode():
-        for batch in loader.batches(samples):
-            rows = model(batch.images).cpu().numpy()
+        for (batch,) in session.loader.batches(samples):
+            rows = session.model(batch.images).cpu().numpy()
             levels = to_levels(batch.images, embedder.data_config)
             pixels.update(zip(batch.tags, levels, strict=True))
             vectors.update(zip(batch.tags, rows, strict=True))
-    loader.close()
+    session.close()
     order = range(len(jpegs))
     return np.stack([pixels[i] for i in order]), np.stack([vectors[i] for i in order])
 

@@ -189,8 +189,9 @@ def decode_alone(setting: Setting, decode: str) -> float:
 def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
     """Measure the same with one of DAMAGED images broken, and the share of images that goes to quarantine."""
     from embedders.loader import Encoded
+    from embedders.timm_session import TimmSession
 
-    embedder = setting.embedder(decode=decode, loader="dali")
+    session = TimmSession(setting.embedder(decode=decode, loader="dali"), setting.device)
     images = [data for shard in _open(setting.tars()[:4]) for _, data, _ in shard.encoded()]
     rng = np.random.default_rng(0)
     broken = itertools.cycle([_cut, _flipped, _blanked, _replaced])
@@ -199,7 +200,7 @@ def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
     counts = {"good": 0, "rejected": 0}
 
     def seen() -> Iterator[int]:
-        for batch in embedder._open_loader(setting.device).batches(samples):
+        for (batch,) in session.loader.batches(samples):
             counts["good"] += len(batch.tags)
             counts["rejected"] += len(batch.rejected)
             yield len(batch.tags) + len(batch.rejected)
@@ -253,11 +254,10 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
     from embedders.engine import keep_freed_memory
 
     keep_freed_memory()  # as the engine does
-    embedder = setting.embedder(compile_model=compile_model)
-    model = embedder.load_embedding_model(setting.device)
-    size = embedder.input_batch(setting.device)
+    session = setting.embedder(compile_model=compile_model).open(setting.device)
+    model = session.model
     dtype = torch.float16 if setting.device == "cuda" else torch.float32
-    shape = (size, *embedder.data_config["input_size"])
+    shape = (session.batch_size, *session.embedder.data_config["input_size"])
     batches = [torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(2)]
     with torch.inference_mode():
         counts = (len(model(batch)) for batch in itertools.cycle(batches))
@@ -266,10 +266,9 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
 
 def model_float8(setting: Setting) -> dict[str, float]:
     """Measure the model in float8, and the cosine of its vectors of photographs to those in float32."""
-    eight = setting.embedder(precision="float8")
-    model = eight.load_embedding_model(setting.device)
-    size = eight.input_batch(setting.device)
-    batch = next(eight.batches(_open(setting.tars()[:1]), setting.device)).images.clone()
+    session = setting.embedder(precision="float8").open(setting.device)
+    model, size = session.model, session.batch_size
+    batch = next(session.batches(_open(setting.tars()[:1]))).images.clone()
     with torch.inference_mode():
         vectors = model(batch)
         counts = (len(model(batch)) for _ in itertools.count())

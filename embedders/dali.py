@@ -16,9 +16,9 @@ import enum
 import io
 import logging
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,15 +28,14 @@ from PIL import Image
 
 from embedders.image_headers import inspect
 from embedders.images import MAX_PIXELS, is_rotated
-from embedders.loader import Encoded, LoadedBatch
-from embedders.preprocess import Interpolation, Preprocessing
+from embedders.loader import Encoded, LoadedBatch, ModelInput
+from embedders.preprocess import CropMode, Interpolation, Preprocessing
 from embedders.reference import Reference, collect, to_device
 
 if TYPE_CHECKING:
     import torch
 
-    from embedders.preprocess import Transform
-    from embedders.reference import Row
+    from embedders.reference import FutureRows
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class _Axis(NamedTuple):
 
 
 def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) -> Windows:
-    """The windows for n images of heights x widths (shape (n,))."""
+    """Return the windows for n images of heights x widths (shape (n,))."""
     resize_h, resize_w, crop_top, crop_left = preprocessing.geometries(heights, widths)
     support = preprocessing.interpolation.support
     y = _axis(heights, resize_h, crop_top, preprocessing.height, support)
@@ -120,7 +119,7 @@ def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarra
 
 
 def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray, resize_w: np.ndarray) -> np.ndarray:
-    """Whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
+    """Return whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
 
     Up to Pillow 12 it never does. Pillow 13 does if the height shrinks much more than the width
     (python-pillow/Pillow#9549). The order shows, because the result of the first pass is rounded to 8 bits.
@@ -131,7 +130,7 @@ def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray
 
 
 def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, support: float) -> _Axis:
-    """One axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
+    """Return one axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
     low, high = np.maximum(origin, 0), np.minimum(origin + crop, resized)
     scale = size / resized
     reach = support * np.maximum(scale, 1) + 2  # two to spare
@@ -144,13 +143,15 @@ def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, 
 class _Scheduled:
     """A batch under way: `samples` are in DALI's `pipeline`, `others` with Pillow, as `rows`.
 
-    `sizes` are the heights and widths of `samples`, shape (n, 2).
+    `sizes` are the heights and widths of `samples`, shape (n, 2). `fits`, shape (inputs, n), says for which inputs DALI
+    resizes them; for the rest they are among `others` too.
     """
 
     samples: list[Encoded]
     sizes: np.ndarray
+    fits: np.ndarray
     others: list[Encoded] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[FutureRows] = field(default_factory=list)
     pipeline: Any = None
 
 
@@ -159,44 +160,53 @@ class DaliLoader:
 
     def __init__(
         self,
-        transform: Transform,
+        inputs: Sequence[ModelInput],
         *,
-        preprocessing: Preprocessing,
         decode: Decode = Decode.EXACT,
         batch_size: int,
         num_threads: int,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
         max_pixels: int = MAX_PIXELS,
         apply_exif: bool = False,
         decoders: int | None = None,
     ) -> None:
-        """`transform` is the reference transform that `preprocessing` stands for; it serves the images DALI does not.
+        """Start the threads; the pipelines are built at the first batch.
 
-        Batches are `dtype` (float32 if None, or float16) on `device`, "cpu" or "cuda"; a GPU is always the first one
-        the process sees. `decoders` pipelines take turns, by default as many as are best; they are built at the first
-        batch. Raises ValueError for Decode.FAST on the CPU.
+        Args:
+            inputs: What the models want, each with the `preprocessing` that its transform stands for, and all with the
+                same number of channels. The transforms serve the images that DALI does not.
+            decode: Who decodes JPEGs.
+            batch_size: Images per batch.
+            num_threads: Threads that decode.
+            device: "cpu" or "cuda", where the batches are put; a GPU is always the first one that the process sees.
+            max_pixels: Images with more are rejected.
+            apply_exif: Whether to turn images by their EXIF orientation.
+            decoders: How many pipelines take turns; by default as many as are best.
+
+        Raises:
+            ValueError: Decode.FAST on the CPU.
         """
         import torch
 
         self._device = torch.device(device)
-        self._dtype = dtype or torch.float32
         if decode is Decode.FAST and self._device.type != "cuda":
             raise ValueError("Decode.FAST decodes on a GPU: use Decode.EXACT on the CPU")
-        self._preprocessing = preprocessing
+        self._inputs = inputs
+        self._preprocessings = [_known(each.preprocessing) for each in inputs]
+        self._resizes = _resizes(self._preprocessings)
         self._decode = decode
         self._batch_size = batch_size
         self._num_threads = num_threads
         self._max_pixels = max_pixels
         self._apply_exif = apply_exif
-        self._row = Reference(transform, preprocessing.mode, max_pixels, apply_exif, preprocessing)
+        self._row = Reference(inputs, self._preprocessings[0].mode, max_pixels, apply_exif)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dali-loader")
         self._decoders = decoders or (DECODERS if decode is Decode.FAST else 1)
         self._pipelines: list[Any] = []
         self._turn = 0
 
-    def batches(self, samples: Iterable[Encoded]) -> Iterator[LoadedBatch]:
-        """Yield batches of at most the batch size; see `embedders.loader.Loader`.
+    def batches(self, samples: Iterable[Encoded]) -> Iterator[tuple[LoadedBatch, ...]]:
+        """Yield batches, one per input; see `embedders.loader.Loader`.
 
         Within a batch the rows of the images that Pillow decoded come after the others.
         """
@@ -227,22 +237,32 @@ class DaliLoader:
         fits &= [header.dali for header in headers]
         if self._apply_exif:
             fits &= [not (h.metadata and is_rotated(s.data)) for h, s in zip(headers, chunk, strict=True)]
-        others = [sample for sample, ours in zip(chunk, fits, strict=True) if not ours]
-        rows = [self._pool.submit(self._row, sample) for sample in others]
-        return _Scheduled([sample for sample, ours in zip(chunk, fits, strict=True) if ours], sizes[fits], others, rows)
+        ours: np.ndarray = np.logical_or.reduce(fits, axis=0)
+        samples = [sample for sample, is_ours in zip(chunk, ours, strict=True) if is_ours]
+        batch = _Scheduled(samples, sizes[ours], fits[:, ours])
+        for i in np.flatnonzero(~fits.all(axis=0)):
+            self._give_to_pillow(batch, chunk[i], ~fits[:, i])
+        return batch
+
+    def _give_to_pillow(self, batch: _Scheduled, sample: Encoded, wanted: np.ndarray) -> None:
+        """Start Pillow's part of one sample, for the inputs that `wanted`, bool of shape (inputs,), says."""
+        batch.others.append(sample)
+        batch.rows.append(self._pool.submit(self._row, sample, np.flatnonzero(wanted).tolist()))
 
     def _fits(self, sizes: np.ndarray) -> np.ndarray:
-        """Which images of sizes (n, 2) are within the limits, before and after the resize; see `Reference`.
+        """Return which images of sizes (n, 2) DALI can resize for which input: bool of shape (inputs, n).
 
-        DALI does not survive a resize to nothing: it crashes the process. Tiny images are left to Pillow, because much
-        of them is border, where the two cut the filter off differently.
+        They are within the limits before and after the resize; see `Reference`. DALI does not survive a resize to
+        nothing: it crashes the process. Tiny images are left to Pillow, because much of them is border, where the two
+        cut the filter off differently.
         """
         tiny = sizes.min(axis=1) <= TINY
         # Sizes that are not known are 0, those that a header claims may not fit a product; neither is DALI's.
         sizes = sizes.clip(1, 1 << 31)
-        resized = self._preprocessing.geometries(sizes[:, 0], sizes[:, 1])
-        pixels, after = sizes.prod(axis=1), resized.resize_h * resized.resize_w
-        return ~tiny & (pixels <= self._max_pixels) & (after >= 1) & (after <= self._max_pixels)
+        fits = ~tiny & (sizes.prod(axis=1) <= self._max_pixels)
+        resized = [each.geometries(sizes[:, 0], sizes[:, 1]) for each in self._preprocessings]
+        after = np.stack([each.resize_h * each.resize_w for each in resized])
+        return fits & (after >= 1) & (after <= self._max_pixels)
 
     def _schedule(self, in_flight: deque[_Scheduled]) -> None:
         """Feed the newest batch to the pipeline whose turn it is and let it run."""
@@ -254,34 +274,34 @@ class DaliLoader:
         batch.pipeline = self._pipelines[self._turn]
         self._turn = (self._turn + 1) % self._decoders
         try:
-            self._feed(batch.pipeline, [sample.data for sample in batch.samples], batch.sizes)
+            self._feed(batch.pipeline, [sample.data for sample in batch.samples], batch.sizes, batch.fits)
             batch.pipeline.schedule_run()
         except RuntimeError as error:
             self._recover(in_flight, error)
 
-    def _outputs(self, in_flight: deque[_Scheduled]) -> torch.Tensor | None:
-        """Wait for DALI's part of the oldest batch: (n, channels, height, width), or None if it has no such part."""
+    def _outputs(self, in_flight: deque[_Scheduled]) -> list[torch.Tensor]:
+        """Wait for DALI's part of the oldest batch: (n, channels, height, width) per input; [] without such a part."""
         if not in_flight[0].samples:
-            return None
+            return []
         try:
             return self._take(in_flight[0].pipeline)
         except RuntimeError as error:
             self._recover(in_flight, error)
-            return None
+            return []
 
-    def _take(self, pipeline: Any) -> torch.Tensor:
-        """The next outputs of a pipeline, without a copy.
+    def _take(self, pipeline: Any) -> list[torch.Tensor]:
+        """Return the next outputs of a pipeline, one per input, without a copy.
 
-        The tensor owns its memory: DALI's default executor does not touch what was handed out until it is freed, and
+        The tensors own their memory: DALI's default executor does not touch what was handed out until it is freed, and
         then in the order of the stream that it was asked for on.
         """
         import torch
         from torch.utils.dlpack import from_dlpack
 
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
-        (output,) = pipeline.share_outputs(cuda_stream=stream)
+        outputs = pipeline.share_outputs(cuda_stream=stream)
         pipeline.release_outputs()
-        return from_dlpack(output.as_tensor())
+        return [from_dlpack(output.as_tensor()) for output in outputs]
 
     def _recover(self, in_flight: deque[_Scheduled], error: RuntimeError) -> None:
         """Give every image that is in a pipeline to Pillow, and the pipelines up.
@@ -293,21 +313,32 @@ class DaliLoader:
         logger.warning("DALI failed on one of %d images; Pillow takes them: %s", count, _cause(error))
         self._pipelines = []
         for batch in in_flight:
-            batch.others += batch.samples
-            batch.rows += [self._pool.submit(self._row, sample) for sample in batch.samples]
+            for sample, fits in zip(batch.samples, batch.fits.T, strict=True):
+                self._give_to_pillow(batch, sample, fits)
             batch.samples, batch.pipeline = [], None
 
-    def _join(self, batch: _Scheduled, images: torch.Tensor | None) -> LoadedBatch:
+    def _join(self, batch: _Scheduled, images: list[torch.Tensor]) -> tuple[LoadedBatch, ...]:
+        """Put DALI's part and Pillow's part of a batch together, per input."""
+        numbers = range(len(self._inputs))
+        return tuple(self._joined(batch, number, images[number] if images else None) for number in numbers)
+
+    def _joined(self, batch: _Scheduled, number: int, images: torch.Tensor | None) -> LoadedBatch:
         import torch
 
-        more, tags, rejected = collect(batch.others, batch.rows)
-        parts = [] if images is None else [images]
-        if more:
-            parts.append(to_device(more, self._device, self._dtype))
-        if not parts:
-            shape = (0, self._preprocessing.channels, self._preprocessing.height, self._preprocessing.width)
-            return LoadedBatch(torch.empty(shape, device=self._device, dtype=self._dtype), [], rejected)
+        dtype = self._inputs[number].dtype or torch.float32
+        more, tags, rejected = collect(batch.others, batch.rows, number)
         own: list[Hashable] = [sample.tag for sample in batch.samples]
+        fits = batch.fits[number]
+        if images is not None and not fits.all():
+            kept = np.flatnonzero(fits)
+            own, images = [own[i] for i in kept], images[torch.from_numpy(kept).to(self._device)]
+        parts = [] if images is None or not len(images) else [images]
+        if more:
+            parts.append(to_device(more, self._device, dtype))
+        if not parts:
+            preprocessing = self._preprocessings[number]
+            shape = (0, preprocessing.channels, preprocessing.height, preprocessing.width)
+            return LoadedBatch(torch.empty(shape, device=self._device, dtype=dtype), [], rejected)
         return LoadedBatch(parts[0] if len(parts) == 1 else torch.cat(parts), own + tags, rejected)
 
     def _drain(self, in_flight: deque[_Scheduled]) -> None:
@@ -324,76 +355,91 @@ class DaliLoader:
             self._pipelines = []
 
     def _build(self) -> Any:
-        """A pipeline, which has run once.
+        """Build a pipeline and run it once.
 
         The first `schedule_run` of a pipeline starts DEPTH iterations, the later ones one each. So the first is spent
         here on tiny images, which also brings an error in the installation to light where it can be understood. They
         are full batches: the decoder takes the first one as the measure of how many images the hardware gets, ever.
         """
         threads = max(1, self._num_threads // self._decoders)
-        pipeline = _pipeline(self._preprocessing, self._decode, self._batch_size, threads, self._device, self._dtype)
+        pipeline = _pipeline(self._inputs, self._decode, self._batch_size, threads, self._device)
         pipeline.build()
         tiny = _tiny_jpeg(_START_SIDE)
+        sizes = np.full((self._batch_size, 2), _START_SIDE)
+        fits = np.ones((len(self._inputs), self._batch_size), bool)
         for _ in range(DEPTH):
-            self._feed(pipeline, [tiny] * self._batch_size, np.full((self._batch_size, 2), _START_SIDE))
+            self._feed(pipeline, [tiny] * self._batch_size, sizes, fits)
         pipeline.schedule_run()
         for _ in range(DEPTH):
             self._take(pipeline)
         return pipeline
 
-    def _feed(self, pipeline: Any, images: list[np.ndarray], sizes: np.ndarray) -> None:
+    def _feed(self, pipeline: Any, images: list[np.ndarray], sizes: np.ndarray, fits: np.ndarray) -> None:
         """Hand one batch to a pipeline. `images` are not copied: they must outlive the iteration."""
         pipeline.feed_input("encoded", images)
-        for name, values in windows(self._preprocessing, sizes[:, 0], sizes[:, 1])._asdict().items():
-            if name != "origin" or self._preprocessing.pads:
-                pipeline.feed_input(name, values)
+        for number, resize in enumerate(self._resizes):
+            # Inputs of one resize fit alike, since only the resize decides it.
+            fit = next(fit for fit, each in zip(fits, self._preprocessings, strict=True) if _resize(each) == resize)
+            heights, widths = np.where(fit[:, None], sizes, _START_SIDE).T
+            where = windows(resize, heights, widths)
+            if not fit.all():
+                where = _first_pixel_instead(where, resize, ~fit)
+            for name, values in where._asdict().items():
+                if name != "origin" or resize.pads:
+                    pipeline.feed_input(f"{name}_{number}", values)
 
 
 _START_SIDE = 64
 """Side of the image that a pipeline is started with, in pixels."""
 
 
+def _resize(preprocessing: Preprocessing) -> Preprocessing:
+    """Return a preprocessing without its normalisation: those that are equal then share one resize and crop."""
+    zero, one = (0.0,) * preprocessing.channels, (1.0,) * preprocessing.channels
+    mean = preprocessing.mean if preprocessing.crop_mode is CropMode.BORDER else zero  # it is the colour of the border
+    return replace(preprocessing, mean=mean, std=one)
+
+
+def _resizes(preprocessings: Sequence[Preprocessing]) -> list[Preprocessing]:
+    """Return the different resizes of some preprocessings."""
+    return list(dict.fromkeys(map(_resize, preprocessings)))
+
+
+def _first_pixel_instead(where: Windows, preprocessing: Preprocessing, unfit: np.ndarray) -> Windows:
+    """Have images that an input cannot take, bool of shape (n,), show their first pixel; that row is thrown away.
+
+    They are in the pipeline for another input, and DALI crashes the process on a resize to nothing.
+    """
+    height, width = preprocessing.height, preprocessing.width
+    harmless = Windows((0, 0), (1, 1), (1, width), (0, 0), (1, width), (height, width), (0, 0))  # type: ignore[arg-type]
+    return Windows(
+        *(
+            np.where(unfit[:, None], np.array(instead, values.dtype), values)
+            for instead, values in zip(harmless, where, strict=True)
+        )
+    )
+
+
+def _known(preprocessing: Preprocessing | None) -> Preprocessing:
+    if preprocessing is None:
+        raise ValueError("DALI needs the preprocessing of every input")
+    return preprocessing
+
+
 def _pipeline(
-    preprocessing: Preprocessing,
-    decode: Decode,
-    batch_size: int,
-    num_threads: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    inputs: Sequence[ModelInput], decode: Decode, batch_size: int, num_threads: int, device: torch.device
 ) -> Any:
-    """Encoded bytes and `Windows` in; (channels, height, width) of `dtype`, normalised, on `device` out."""
+    """Build a pipeline: encoded bytes and the `Windows` of each input in; per input an output on `device`.
+
+    An output is (channels, height, width) of the input's dtype, normalised.
+    """
     import nvidia.dali.types as dali_types
-    import torch
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
     types: Any = dali_types  # its constants are made at run time
     make_pipeline: Any = Pipeline  # its type stub lacks exec_dynamic
     on_gpu = device.type == "cuda"
-    interpolation = getattr(types, _INTERPOLATION[preprocessing.interpolation])
-
-    def told(name: str, kind: Any = types.FLOAT) -> Any:
-        return fn.external_source(name=name, dtype=kind, ndim=1)
-
-    def resize(images: Any, size: str, start: str, end: str) -> Any:
-        return fn.resize(
-            images,
-            size=told(size),
-            roi_start=told(start),
-            roi_end=told(end),
-            interp_type=interpolation,
-            antialias=True,
-            dtype=types.UINT8,
-        )
-
-    def decoded() -> Any:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        where = "mixed" if decode is Decode.FAST else "cpu"
-        nvjpeg: dict[str, Any] = {"hw_decoder_load": HARDWARE_SHARE, "jpeg_fancy_upsampling": FANCY_UPSAMPLING}
-        how = nvjpeg if decode is Decode.FAST else {}
-        images = fn.decoders.image(encoded, device=where, output_type=types.RGB, adjust_orientation=False, **how)
-        return images.gpu() if on_gpu and decode is Decode.EXACT else images
-
     pipeline = make_pipeline(
         batch_size=batch_size,
         num_threads=num_threads,
@@ -402,29 +448,82 @@ def _pipeline(
         exec_dynamic=True,
     )
     with pipeline:
-        images = decoded()
-        if preprocessing.channels == 1:
+        images = _decoded(decode, on_gpu)
+        if _known(inputs[0].preprocessing).channels == 1:
             images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-        images = resize(images, "size1", "start1", "end1")
-        images = resize(images, "size2", "start2", "end2")
-        if preprocessing.pads:
-            images = fn.slice(
-                images,
-                start=told("origin", types.INT32),
-                shape=(preprocessing.height, preprocessing.width),
-                axes=(0, 1),
-                out_of_bounds_policy="pad",
-                fill_values=preprocessing.fill,
-            )
-        images = fn.crop_mirror_normalize(
-            images,
-            dtype=types.FLOAT16 if dtype == torch.float16 else types.FLOAT,
-            output_layout="CHW",
-            mean=[255 * value for value in preprocessing.mean],
-            std=[255 * value for value in preprocessing.std],
-        )
-        pipeline.set_outputs(images)
+        resizes = _resizes([_known(each.preprocessing) for each in inputs])
+        resized = {resize: _resized(images, number, resize) for number, resize in enumerate(resizes)}
+        pipeline.set_outputs(*(_normalised(resized[_resize(_known(each.preprocessing))], each) for each in inputs))
     return pipeline
+
+
+def _decoded(decode: Decode, on_gpu: bool) -> Any:
+    """Add to the current pipeline: the input "encoded", decoded to RGB on the device that resizes."""
+    import nvidia.dali.types as dali_types
+    from nvidia.dali import fn
+
+    types: Any = dali_types
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+    nvjpeg: dict[str, Any] = {"hw_decoder_load": HARDWARE_SHARE, "jpeg_fancy_upsampling": FANCY_UPSAMPLING}
+    fast = decode is Decode.FAST
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if fast else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **(nvjpeg if fast else {}),
+    )
+    return images.gpu() if on_gpu and not fast else images
+
+
+def _resized(images: Any, number: int, preprocessing: Preprocessing) -> Any:
+    """Add to the current pipeline: timm's resize and crop, told per image by its `Windows`; 8-bit pixels."""
+    import nvidia.dali.types as dali_types
+    from nvidia.dali import fn
+
+    types: Any = dali_types
+    interpolation = getattr(types, _INTERPOLATION[preprocessing.interpolation])
+
+    def told(name: str, kind: Any = types.FLOAT) -> Any:
+        return fn.external_source(name=f"{name}_{number}", dtype=kind, ndim=1)
+
+    for step in ("1", "2"):
+        images = fn.resize(
+            images,
+            size=told(f"size{step}"),
+            roi_start=told(f"start{step}"),
+            roi_end=told(f"end{step}"),
+            interp_type=interpolation,
+            antialias=True,
+            dtype=types.UINT8,
+        )
+    if not preprocessing.pads:
+        return images
+    return fn.slice(
+        images,
+        start=told("origin", types.INT32),
+        shape=(preprocessing.height, preprocessing.width),
+        axes=(0, 1),
+        out_of_bounds_policy="pad",
+        fill_values=preprocessing.fill,
+    )
+
+
+def _normalised(images: Any, model_input: ModelInput) -> Any:
+    """Add to the current pipeline: the images as one input wants them, (channels, height, width) of its dtype."""
+    import nvidia.dali.types as dali_types
+    import torch
+    from nvidia.dali import fn
+
+    types: Any = dali_types
+    preprocessing = _known(model_input.preprocessing)
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT16 if model_input.dtype == torch.float16 else types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in preprocessing.mean],
+        std=[255 * value for value in preprocessing.std],
+    )
 
 
 _INTERPOLATION = {
@@ -446,7 +545,7 @@ def _tiny_jpeg(side: int) -> np.ndarray:
 
 
 def _cause(error: RuntimeError) -> str:
-    """The line of DALI's message that says what is wrong."""
+    """Return the line of DALI's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
     return after[0][:200] if after else type(error).__name__

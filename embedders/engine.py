@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from embedders.base import Row, ShardBatch
 from embedders.errors import is_out_of_memory
 from embedders.ids import printable
 from embedders.quarantine import QuarantinedSample, Reason, Rejected
 from embedders.session import Session
+from embedders.shard_batch import Row, ShardBatch
 from embedders.shared_loading import batches_for
 from embedders.webdataset import OpenShard
 

@@ -87,6 +87,11 @@ def of_classes(kind: type, base: type) -> dict[str, str]:
     return {f"{i} {k.__qualname__}": of_class(k) for i, k in enumerate(kind.__mro__) if k not in ours}
 
 
+def cached_properties(kind: type) -> frozenset[str]:
+    """Return the names of a class's cached properties: functions of its code and attributes, so they come with use."""
+    return frozenset(k for c in kind.__mro__ for k, v in vars(c).items() if isinstance(v, functools.cached_property))
+
+
 _CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 

@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
+from embedders.precision import Precision
 from embedders.samples import KeyDot
-from embedders.timm import Precision
 from tasks.dataset.vectors import VectorFormat
 from tasks.plan import MergeOptions
 from tasks.storage.download_ahead import SPACE

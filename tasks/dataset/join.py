@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.hardware import count_gpus
 from tasks.dataset.ids import repeated
+from tasks.hardware import count_gpus
 
 logger = logging.getLogger(__name__)
 

@@ -80,9 +80,7 @@ def nearest(output: Folder, layer: str, query: np.ndarray, count: int, recipe: s
     for shard, parquet in _files(output, layer):
         record = layer_record(parquet.metadata)
         if recipe is not None and (record is None or record.recipe != recipe):
-            raise InputError(
-                f"{output.url}/layers/{layer}/{shard}.parquet: made by another model; rerun flows.embed"
-            )
+            raise InputError(f"{output.url}/layers/{layer}/{shard}.parquet: made by another model; rerun flows.embed")
         for group in range(parquet.num_row_groups):
             vectors = _matrix(parquet, layer, group)
             if not vectors.size:

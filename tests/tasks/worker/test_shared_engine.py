@@ -16,8 +16,8 @@ import pytest
 
 import tasks.worker.shared_engine
 from embedders import ImageEmbedder, TimmImageEmbedder
-from embedders.base import ShardBatch
 from embedders.recipe import Recipe
+from embedders.shard_batch import ShardBatch
 from embedders.webdataset import OpenShard, open_shard
 from tasks.worker.shared_engine import shared_engine
 from tests.layers import embedded_shards
