@@ -74,6 +74,7 @@ def ways(embedder: TimmImageEmbedder, device: str) -> Iterator[tuple[str, torch.
     """Yield the name of each loader to compare, the model's dtype, and a function that makes the loader."""
     preprocessing = embedder.preprocessing
     transform = preprocessing.transform()
+    exact = [ModelInput(transform, preprocessing, torch.float32)]
     common: dict[str, Any] = {"batch_size": BATCH, "num_threads": 2, "device": device}
     decodes = [Decode.EXACT, Decode.FAST] if device == "cuda" else [Decode.EXACT]
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
@@ -81,7 +82,7 @@ def ways(embedder: TimmImageEmbedder, device: str) -> Iterator[tuple[str, torch.
     yield (
         "reference",
         torch.float32,
-        lambda: ReferenceLoader([ModelInput(transform, preprocessing, torch.float32)], mode=mode, **common),
+        lambda: ReferenceLoader(exact, mode=mode, **common),
     )
     for decode in decodes:
         for dtype in dtypes:

@@ -293,7 +293,7 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
             exif=self.exif,
             max_pixels=self.max_pixels,
             image_component=self.image_component,
-            **({"output_tokens": True} if self.output_tokens else {}),
+            output_tokens=self.output_tokens,
         )
 
 

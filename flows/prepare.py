@@ -160,11 +160,11 @@ def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) 
                     check_json_members(shard, config.id_col, names)
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
-            ids, of_bytes = opened[-1].ids, of_bytes + shard.tar_bytes
+            ids, of_bytes = opened[-1].samples.ids, of_bytes + shard.tar_bytes
         with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
             check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
     _check_images(opened, image_component)
-    images = sum(len(tar.ids) for tar in opened)
+    images = sum(tar.count for tar in opened)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
@@ -174,7 +174,9 @@ def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> N
 
     :raises InputError: every sample has several images and none is chosen, or none has the chosen one.
     """
-    if not any(tar.ids for tar in opened) or any(image for tar in opened for image in tar.images):
+    if not any(tar.count for tar in opened) or any(tar.samples.places.any() for tar in opened):
+        return
+    if any(image for tar in opened for image in tar.images):
         return
     unusable = [(tar, i, *why) for tar in opened for i, why in tar.unusable.items()]
     several = [reason is Reason.AMBIGUOUS_IMAGE and not twice(tar.index.samples[i]) for tar, i, reason, _ in unusable]

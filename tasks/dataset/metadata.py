@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError, one_line
@@ -60,7 +61,9 @@ def _unreadable(where: str) -> Iterator[None]:
         raise InputError(f"{where}: not readable as Parquet ({one_line(error, limit=120)}); replace it") from error
 
 
-def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
+def check_metadata(
+    shard: Shard, id_col: str, ids: pa.Array | Sequence[str] | None = None, *, unique: bool = True
+) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
     Args:
@@ -84,12 +87,13 @@ def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, 
     again = repeated(texts)
     if unique and len(again):
         raise repeated_id(where, column[int(again[0])].as_py(), int(again[0]))
-    if not ids:
+    if ids is None or not len(ids):
         return
-    rows = set(texts.drop_null().to_pylist())
-    partners = sum(sample in rows for sample in set(ids))
-    if rows:
-        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (min(rows), ids[0]))
+    samples = pa.array(ids, pa.large_string())
+    rows = pc.unique(texts.drop_null()).cast(samples.type)
+    partners = pc.sum(pc.is_in(rows, samples), min_count=0).as_py()
+    if len(rows):
+        refuse_mismatch(where, id_col, partners, (len(rows), len(samples)), (pc.min(rows).as_py(), samples[0].as_py()))
 
 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:

@@ -45,7 +45,7 @@ def shards(tmp_path: Path) -> list[Shard]:
 def index_of(shard: Shard, samples: int) -> str:
     """The index of a tar with so many samples of one image."""
     found = [Sample(f"{i}", (Component("jpg", 512 + 1024 * i, 9, f"{i}.jpg"),)) for i in range(samples)]
-    return format_index(TarIndex(tuple(found)), shard.tar_fingerprint)
+    return format_index(TarIndex.of(found), shard.tar_fingerprint)
 
 
 def write(shard: Shard, name: str, record: LayerRecord | MergeRecord) -> None:
