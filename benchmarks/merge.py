@@ -44,7 +44,8 @@ from tasks.dataset.join import Backend, join_arrow, join_frames
 from tasks.dataset.vectors import rows_per_group, vector_array
 from tasks.keys import layer_key
 from tasks.layers import LayerWriter, versions
-from tasks.plan import MergedColumn, MergeOptions, make_plan, merged_key
+from tasks.merge_options import MergedColumn, MergeOptions
+from tasks.plan import make_plan, merged_key
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, with_record
 from tasks.shards import Shard, find_shards
 

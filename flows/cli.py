@@ -24,6 +24,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from embedders import ImageEmbedder
 from embedders.errors import InputError
 from flows.config import SWITCHED_OFF, EmbedConfig, ImageOptions, ModelOptions, RunOptions, TableOptions
 from flows.errors import explain
@@ -102,7 +103,7 @@ MODEL, IMAGES, TABLE, WORK = (
 )
 
 Flag = Annotated[bool, Parameter(negative=())]
-Run = Callable[[EmbedConfig, None, Progress], Manifest]
+Run = Callable[[EmbedConfig, Sequence[ImageEmbedder], Progress], Manifest]
 """Embeds a dataset and returns the account of the run."""
 
 

@@ -18,7 +18,7 @@ from embedders.images import MAX_PIXELS
 from embedders.precision import Precision
 from embedders.samples import KeyDot
 from tasks.dataset.vectors import VectorFormat
-from tasks.plan import MergeOptions
+from tasks.merge_options import MergeOptions
 from tasks.storage.download_ahead import SPACE
 
 

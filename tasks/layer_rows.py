@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tasks.dataset.vectors import READ_BYTES, VectorFormat, as_matrix, rows_per_group, scratch, vector_array
 from tasks.layers import ID
-from tasks.plan import MergedColumn, MergeOptions
+from tasks.merge_options import MergedColumn, MergeOptions
 from tasks.records import PART
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file

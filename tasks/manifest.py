@@ -138,7 +138,7 @@ def account(
         checkpoint: The weights file that the embedder was given.
     """
     embedder = plan.main.made_of
-    records, merges = list(plan.embedded.values()), list(plan.merged.values())
+    records = list(plan.embedded.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     return Manifest(
         samples=sum(record.samples for record in records),
@@ -161,12 +161,7 @@ def account(
         checkpoint=checkpoint or "",
         id_col=plan.options.id_col,
         quarantined_by_reason=dict(sorted(reasons.items())),
-        rows=sum(record.rows for record in merges),
-        rows_without_embedding=sum(record.rows_without_embedding for record in merges),
-        rows_left_out=0 if plan.options.keep_rows else sum(record.rows_without_embedding for record in merges),
-        rows_without_image=sum(record.rows_without_image for record in merges),
-        rows_repeated=sum(record.rows_repeated for record in merges),
-        embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        **_rows(plan),
         ignored=sum(record.ignored for record in records),
         ignored_examples=_ignored_examples(plan),
         over_limit="; ".join(filter(None, (over_limit(layer, max_quarantined) for layer in plan.asked))),
@@ -179,6 +174,20 @@ def account(
         versions=records[0].versions if records else {},
         wrong=[line for layer in plan.asked for line in _wrong(layer, plan)],
     )
+
+
+def _rows(plan: Plan) -> dict[str, Any]:
+    """Return what the manifest says of the rows of the merged dataset."""
+    merges = list(plan.merged.values())
+    without_embedding = sum(record.rows_without_embedding for record in merges)
+    return {
+        "rows": sum(record.rows for record in merges),
+        "rows_without_embedding": without_embedding,
+        "rows_left_out": 0 if plan.options.keep_rows else without_embedding,
+        "rows_without_image": sum(record.rows_without_image for record in merges),
+        "rows_repeated": sum(record.rows_repeated for record in merges),
+        "embeddings_without_row": sum(record.embeddings_without_row for record in merges),
+    }
 
 
 def layer_account(layer: Layer) -> LayerAccount:

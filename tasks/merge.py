@@ -39,7 +39,8 @@ from tasks.dataset.metadata import (
 from tasks.dataset.vectors import write_groups
 from tasks.layer_rows import LayerFile, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
-from tasks.plan import MergeOptions, merged_key
+from tasks.merge_options import MergeOptions
+from tasks.plan import merged_key
 from tasks.records import LayerRecord, MergeRecord, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.shards import Shard

@@ -14,7 +14,8 @@ from embedders.quarantine import QuarantinedSample
 from embedders.recipe import Recipe, recipes_of
 from embedders.webdataset import OpenShard
 from tasks.embed import EmbedOptions, embed_group
-from tasks.plan import MergeOptions, Plan, make_plan
+from tasks.merge_options import MergeOptions
+from tasks.plan import Plan, make_plan
 from tasks.records import Column, LayerRecord
 from tasks.shards import Shard
 

@@ -11,7 +11,8 @@ from embedders.errors import InputError
 from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts, plan_parts
 from tasks.dataset.schema import SCHEMA, common_schema, metadata_folder
-from tasks.plan import Layer, MergedColumn, Plan
+from tasks.merge_options import MergedColumn
+from tasks.plan import Layer, Plan
 from tasks.records import read_merge_record, read_part_record
 from tasks.storage.folder import Folder
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from tasks.records import LayerRecord
 
 if TYPE_CHECKING:
-    from tasks.plan import MergedColumn, MergeOptions
+    from tasks.merge_options import MergedColumn, MergeOptions
 
 DESCRIPTION = b"embeddings"
 """The key under which a footer describes the layers' columns, as JSON."""

@@ -15,7 +15,8 @@ from tasks.dataset.metadata import conform
 from tasks.dataset.schema import UNIFIED, metadata_folder
 from tasks.dataset.vectors import write_groups
 from tasks.layer_rows import group_rows, vector_columns
-from tasks.plan import MergeOptions, Plan
+from tasks.merge_options import MergeOptions
+from tasks.plan import Plan
 from tasks.records import PartRecord, read_part_record, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.storage.arrow_file import arrow_file

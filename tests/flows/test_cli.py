@@ -296,10 +296,10 @@ class Constant(ImageEmbedder):
 
 
 def test_vectors_that_are_all_alike_end_with_1_every_time(
-    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: str, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("flows.config.load_embedder", lambda name: Constant())
-    call = [str(dataset), "--output", str(tmp_path / "out"), "--embedder", "any:Constant", "--device", "cpu", "--quiet"]
+    call = [str(dataset), "--output", str(tmp_path / "out"), "--embedder", f"{__name__}:Constant", "--device", "cpu"]
+    call.append("--quiet")
     for _ in range(2):
         assert main(call) == 1
         assert "all vectors of a shard are alike" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from flows.export import main
 from tasks.dataset.description import describe, footer
 from tasks.dataset.export import faiss_index
 from tasks.dataset.vectors import vector_array, write_vectors
-from tasks.plan import MergedColumn, MergeOptions
+from tasks.merge_options import MergedColumn, MergeOptions
 
 from .conftest import ROOT
 

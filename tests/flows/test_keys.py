@@ -17,7 +17,7 @@ from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.fingerprint import digest
 from flows.config import EmbedConfig
 from tasks.keys import layer_key, merge_key
-from tasks.plan import MergedColumn
+from tasks.merge_options import MergedColumn
 from tasks.shards import Shard, find_shards, with_content_fingerprints
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tasks.manifest import Manifest, Timing, account
-from tasks.plan import Layer, MergeOptions, Plan
+from tasks.merge_options import MergeOptions
+from tasks.plan import Layer, Plan
 from tasks.records import LayerRecord
 from tasks.shards import Shard
 from tests.layers import LAYER, layer_record, recipe_named

@@ -29,7 +29,8 @@ from tasks.dataset.vectors import VectorFormat, write_groups
 from tasks.keys import layer_key
 from tasks.layers import LayerWriter
 from tasks.merge import merge_group, merge_shard
-from tasks.plan import Layer, MergeOptions, merged_columns
+from tasks.merge_options import MergeOptions
+from tasks.plan import Layer, merged_columns
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard

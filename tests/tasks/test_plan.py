@@ -14,7 +14,8 @@ from embedders.errors import InputError
 from embedders.samples import Component, Sample, TarIndex
 from embedders.tar_index import format_index
 from tasks.keys import layer_key, merge_key
-from tasks.plan import MAX_TASKS, MergedColumn, MergeOptions, Plan, group_shards, make_plan
+from tasks.merge_options import MergedColumn, MergeOptions
+from tasks.plan import MAX_TASKS, Plan, group_shards, make_plan
 from tasks.records import LayerRecord, MergeRecord, with_record
 from tasks.shards import Shard
 from tests.layers import LAYER, layer_record, recipe_named

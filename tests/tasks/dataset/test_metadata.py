@@ -17,7 +17,8 @@ from embedders.errors import InputError
 from embedders.ids import canonical_id
 from tasks.dataset.ids import canonical_ids, repeated
 from tasks.dataset.metadata import check_metadata, conform, unified_schema
-from tasks.plan import MergeOptions, plan_in_one_schema
+from tasks.merge_options import MergeOptions
+from tasks.plan import plan_in_one_schema
 from tasks.shards import Shard
 from tests.layers import recipe_named
 
