@@ -57,7 +57,7 @@ def start_for_new_shards(
 
 
 def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
-    """Return the tars of a dataset that have no embeddings file in an output.
+    """Return the tars of a dataset that no layer of an output has a file of.
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards.
@@ -66,6 +66,6 @@ def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
     Raises:
         InputError: The dataset cannot be listed.
     """
-    embeddings = Folder(f"{output.rstrip('/')}/embeddings")
-    done = {file.name.removesuffix(".parquet") for file in embeddings.list(".parquet")}
+    layers = Folder(Folder(output).place("layers"))
+    done = {file.name.partition("/")[2].removesuffix(".parquet") for file in layers.list(".parquet")}
     return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in done]

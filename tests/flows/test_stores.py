@@ -171,7 +171,7 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
         expected = [row | {"image_embedding": vector_of[row["key"]]} for row in metadata if row["key"] in vector_of]
         assert found[f"{shard.name}.parquet"] == expected
     names = {path.removeprefix("bucket/out/") for path in client(store).find("bucket/out")}
-    kinds = {"embeddings": "parquet", "metadata": "parquet", "index": "idx"}
+    kinds = {"layers/image_embedding": "parquet", "metadata": "parquet", "index": "idx"}
     assert names == {f"{kind}/{shard.name}.{end}" for kind, end in kinds.items() for shard in shards} | {
         "README.md",
         "manifest.json",
