@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from embedders import TimmImageEmbedder
-from embedders.dali import DaliLoader, Decode
+from embedders.dali_loader import DaliLoader
+from embedders.dali_operators import Decode
 from embedders.loader import Encoded, Loader, ModelInput
 from embedders.preprocess import Preprocessing
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 from embedders.webdataset import open_shard
 
 TRAINED = "tf_efficientnet_lite0"

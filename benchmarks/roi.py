@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.throughput import _crop, load_photographs
-from embedders.dali import _axis
+from embedders.dali_operators import _axis
 from embedders.image_headers import inspect
 from embedders.preprocess import Preprocessing
 from tasks.hardware import available_cores

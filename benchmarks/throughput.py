@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from tasks.counted import counted
+from tasks.wording import counted
 
 if TYPE_CHECKING:
     from embedders.timm import TimmImageEmbedder

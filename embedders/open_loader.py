@@ -56,10 +56,11 @@ def open_loader(
         "max_pixels": options.max_pixels,
     }
     if options.kind is LoaderKind.REFERENCE:
-        from embedders.reference import ReferenceLoader
+        from embedders.reference_loader import ReferenceLoader
 
         return ReferenceLoader(inputs, mode=options.mode, num_threads=num_threads, **common), "reference"
-    from embedders.dali import DaliLoader, Decode
+    from embedders.dali_loader import DaliLoader
+    from embedders.dali_operators import Decode
 
     decode: Decode = Decode.FAST if fast else Decode.EXACT
     if fast:

@@ -2,8 +2,8 @@
 
 timm describes how a model wants its images as a small dictionary (`timm.data.resolve_data_config`) and builds a
 chain of torchvision transforms from it. `Preprocessing` is that dictionary checked and frozen, so that it can be
-compared, fingerprinted and built into other operators than torchvision's: `embedders.dali` needs the size after the
-resize and the origin of the crop of every image, to the pixel, before anything is decoded.
+compared, fingerprinted and built into other operators than torchvision's: `embedders.dali_operators` needs the size
+after the resize and the origin of the crop of every image, to the pixel, before anything is decoded.
 
 Importing this module is cheap: timm, torch and torchvision are imported by the functions that need them.
 """

@@ -10,7 +10,9 @@ import html
 import logging
 import re
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 from uuid import UUID
 
@@ -26,13 +28,13 @@ from prefect.artifacts import (
 
 from flows.progress import Pace
 from flows.report import REPORT
-from tasks.counted import counted
 from tasks.dataset.sampling import sample_vectors
 from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.plan import Plan
 from tasks.records import LayerRecord
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
 SECONDS_PER_UPDATE = 3.0
 SHARDS_SHOWN = 500
@@ -61,14 +63,14 @@ class ProgressArtifact:
 
     def found(self, plan: Plan, images: int = 0) -> None:
         """Take the number of shards and images to embed."""
-        self.pace = Pace(len(plan.to_embed), images)
+        self.pace = Pace.of(plan, images)
 
     def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count a finished group of shards."""
         self.pace.count(records)
 
     def __enter__(self) -> Self:
-        self.pace = Pace(self.pace.shards_in_all, self.pace.images_in_all)
+        self.pace = replace(self.pace, started=time.monotonic())
         try:
             made: Any = create_progress_artifact(0.0, key=self.key, description=self.description())
             self._artifact = made
@@ -93,7 +95,7 @@ class ProgressArtifact:
         pace = self.pace
         about = max(pace.images_in_all, pace.images)
         return (
-            f"{pace.images:,} of about {about:,} images, {pace.shards:,} of {counted(pace.shards_in_all, 'shard')}; "
+            f"{pace.images:,} of about {about:,} images, {pace.progress}; "
             f"{pace.now:,.1f} images/s now, {pace.average:,.1f} on average; {pace.left}; {pace.bad}"
         )
 

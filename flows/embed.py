@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,6 @@ from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_ov
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
-from tasks.counted import counted
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.even_files import missing_parts, part_groups, write_parts
 from tasks.dataset.schema import common_schema
@@ -42,6 +42,7 @@ from tasks.retries import ShardFailure, ShardsFailed
 from tasks.run_lock import only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 from tasks.worker_count import choose_workers
 
 ALONE_IN_VAIN = 8
@@ -404,11 +405,12 @@ def _embed_all(
                 indexed = [runner.submit(index_shards, parameters=parameters)]
             parameters = {"shards": group, "recipes": recipes, "options": options, "span": span(group)}
             futures[runner.submit(embed_shards, parameters=parameters, wait_for=indexed)] = group
-    first = 0.0
-    for records in _drain(futures, failures):
+    first, passes_left = 0.0, Counter(shard.name for group in futures.values() for shard in group)
+    for done, records in _drain(futures, failures):
         first = first or time.monotonic() - work.started
         progress.embedded(records)
-        run_progress.embedded += len(records)
+        passes_left.subtract(shard.name for shard in done)
+        run_progress.embedded += sum(not passes_left[shard.name] for shard in done)
     if any(failure.alone for failure in failures.values()):
         plan = _plan_again(work, config)
         alone = [shard for shard in plan.to_embed if shard.name in failures and failures[shard.name].alone]
@@ -496,8 +498,13 @@ def _write_parts(runner: Any, plan: Plan, work: Work, failures: dict[str, ShardF
         pass
 
 
-def _drain(futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]) -> Iterator[Any]:
-    """The results of futures as they finish. A failed one is noted for its shards and stops none of the others."""
+def _drain(
+    futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]
+) -> Iterator[tuple[Sequence[Shard], Any]]:
+    """Yield the shards and the result of each future as it finishes.
+
+    A failed one is noted for its shards, and stops none of the others.
+    """
     future: Any  # Prefect's type knows nothing of the Dask future inside
     for future in as_completed(list(futures)):
         error: BaseException | None = None
@@ -507,7 +514,7 @@ def _drain(futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFail
             error = raised
         future.wrapped_future.release()  # a result held on a worker that dies would be computed again
         if error is None:
-            yield result
+            yield futures[future], result
         elif isinstance(error, ShardsFailed):
             failures.update({failure.shard: failure for failure in error.failures})
         else:

@@ -10,13 +10,13 @@ from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
 from flows.errors import explain
-from tasks.counted import counted
 from tasks.dataset.export.faiss_index import export_faiss
 from tasks.dataset.export.lance_dataset import export_lance
 from tasks.dataset.export.npy import export_npy
 from tasks.dataset.export.source import Dtype, Exported
 from tasks.dataset.export.whole_folder import whole_folder
 from tasks.storage.folder import Folder, writing
+from tasks.wording import counted
 
 WRITERS: dict[str, Callable[..., int]] = {"npy": export_npy, "faiss": export_faiss, "lance": export_lance}
 

@@ -20,9 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tasks.counted import counted
-from tasks.plan import Plan
+from tasks.plan import Plan, embedding_jobs
 from tasks.records import LayerRecord
+from tasks.wording import counted
 
 RECENT = 60.0
 """Seconds over which the current rate is an average."""
@@ -111,6 +111,8 @@ class Pace:
     shards_in_all: int = 0
     images_in_all: int = 0
     """An estimate until the last shard is done."""
+    several_passes: bool = False
+    """Whether some shards are read more than once, for models that cannot share a pass; each time counts."""
     shards: int = 0
     images: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
@@ -118,6 +120,23 @@ class Pace:
     work: dict[str, float] = field(default_factory=dict)
     """When the first shard began and the last one ended, so that rates do not include the start of the workers."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, plan: Plan, images: int) -> Pace:
+        """Return the pace at the beginning of a run.
+
+        Args:
+            plan: What there is to do.
+            images: How many images its shards hold, about.
+        """
+        shards, passes = len(plan.to_embed), sum(len(shards) for _, shards in embedding_jobs(plan))
+        return cls(passes, images * passes // max(shards, 1), passes > shards)
+
+    @property
+    def progress(self) -> str:
+        """Return how many shards are done, in words."""
+        of = counted(self.shards_in_all, "pass over a shard", "passes over shards")
+        return f"{self.shards:,} of {of if self.several_passes else counted(self.shards_in_all, 'shard')}"
 
     def count(self, records: Sequence[LayerRecord]) -> None:
         """Count a finished group of shards."""
@@ -187,7 +206,7 @@ class Terminal:
         """Print what there is to do."""
         total = len(plan.to_embed)
         done = len(plan.shards) - total
-        self.pace = Pace(total, images)
+        self.pace = Pace.of(plan, images)
         if not plan.to_embed and not plan.to_merge:
             self.console.print(f"{counted(done, 'shard')}, all done already: nothing to embed, nothing to merge")
             return
@@ -199,8 +218,7 @@ class Terminal:
         pace.count(records)
         if not self.console.is_terminal:
             rate = f"{pace.average:.1f} images/s, {pace.quarantined.total()} quarantined"
-            done = f"{pace.shards}/{counted(pace.shards_in_all, 'shard')}, {counted(pace.images, 'image')}"
-            self.console.print(f"{done}, {rate}")
+            self.console.print(f"{pace.progress}, {counted(pace.images, 'image')}, {rate}")
 
     def view(self) -> Group:
         """Return what the terminal shows now."""
@@ -210,7 +228,7 @@ class Terminal:
             images = f"{pace.images:,} of about {counted(pace.images_in_all, 'image')}"
         table = Table.grid(padding=(0, 2))
         table.add_row("shards", ProgressBar(max(pace.shards_in_all, 1), pace.shards, width=40), pace.left)
-        table.add_row("", f"{pace.shards:,} of {pace.shards_in_all:,}", images)
+        table.add_row("", pace.progress, images)
         table.add_row("images/s", f"{pace.now:,.1f} now", f"{pace.average:,.1f} on average")
         for line in gpu_lines(self._gpus):
             table.add_row(*line)

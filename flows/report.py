@@ -14,13 +14,13 @@ from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
 from flows.errors import explain
-from tasks.counted import counted
 from tasks.dataset.sampling import Sampled, sample_vectors
 from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
 from tasks.records import LayerRecord, layer_record, read_footers
 from tasks.storage.folder import Folder, writing
 from tasks.vector_checks import measure_vectors
+from tasks.wording import counted
 
 app = App(
     name="python -m flows.report",

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from tasks.counted import counted
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
 QUARANTINE_SHOWN = 20
 """The most quarantined samples that are listed."""

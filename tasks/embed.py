@@ -22,7 +22,6 @@ from embedders.recipe import Recipe
 from embedders.session import Session
 from embedders.tar import map_tar
 from embedders.webdataset import OpenShard
-from tasks.counted import counted
 from tasks.index import describe_local
 from tasks.keys import layer_key
 from tasks.layers import LayerWriter, versions
@@ -30,6 +29,7 @@ from tasks.records import Column, LayerRecord, account_agrees, intact, read_laye
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.shards import Shard, check_unchanged
 from tasks.storage.download_ahead import SPACE, Stage, StagedTar
+from tasks.wording import counted
 from tasks.worker.hang_detection import Held, Limit, Step, end_this_worker, watch
 from tasks.worker.shared_engine import embedders_of, shared_engine
 from tasks.worker.side_process import aside

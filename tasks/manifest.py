@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from embedders.errors import InputError
-from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import MISMATCH_WARNED
 from tasks.plan import Layer, Plan
@@ -22,6 +21,7 @@ from tasks.retries import ShardFailure
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
 from tasks.vector_checks import check_vectors
+from tasks.wording import counted
 
 MANIFEST = "manifest.json"
 QUARANTINE_WARNED = 0.1

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.tar_index import indexed_samples
+from tasks.sample_account import Unbalanced, check_account
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import FileInfo, Folder
@@ -23,10 +24,6 @@ FOOTER_BYTES = 16 << 10
 
 MAGIC = b"PAR1"
 Footer: TypeAlias = pq.FileMetaData
-
-
-class Unbalanced(ValueError):
-    """An account in which samples are neither embedded nor quarantined, or both."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ class LayerRecord:
     computed: str = ""
 
     def __post_init__(self) -> None:
-        quarantined = sum(self.quarantined.values())
-        if self.samples != self.embedded + quarantined:
-            raise Unbalanced(f"{self.samples} samples, but {self.embedded} embedded and {quarantined} quarantined")
+        check_account(self.samples, self.embedded, self.quarantined)
 
     @property
     def version(self) -> str:

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts, plan_parts
 from tasks.dataset.schema import SCHEMA, common_schema, metadata_folder
 from tasks.merge_options import MergedColumn
 from tasks.plan import Layer, Plan
 from tasks.records import read_merge_record, read_part_record
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by shard-embed, and again when the dataset changes. Take this line away to keep your own. -->"

@@ -11,18 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow.parquet as pq
 from PIL import Image
 
+from embedders.bad_images import BadImage
 from embedders.errors import InputError, MalformedShard, one_line
 from embedders.ids import printable
 from embedders.image_headers import sniff
-from embedders.images import MAX_PIXELS, BadImage, decode
+from embedders.images import MAX_PIXELS, decode
 from embedders.quarantine import Reason
 from embedders.samples import Component
 from embedders.tar import map_tar, read_tar
 from embedders.tar_index import parse_index
-from tasks.counted import counted
 from tasks.records import layer_record
 from tasks.relocation import missing_dataset
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
 IMAGE_BYTES = 64 << 20
 """Larger members are not read for a thumbnail."""

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders.dali import DaliLoader
+from embedders.dali_loader import DaliLoader
 from embedders.loader import Encoded, LoadedBatch, Loader, ModelInput
 from embedders.preprocess import Preprocessing
 from embedders.quarantine import Reason
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 from tests.kinds import damaged, flipped, photograph, saved, whole
 
 CONFIG = {

@@ -23,13 +23,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data.config import resolve_data_config
 
-from embedders.dali import DaliLoader, Decode, vertical_first
+from embedders.bad_images import BadImage
+from embedders.dali_loader import DaliLoader
+from embedders.dali_operators import Decode, vertical_first
 from embedders.image_headers import inspect
-from embedders.images import BadImage, decode
+from embedders.images import decode
 from embedders.loader import Encoded, LoadedBatch, Loader, ModelInput
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
 from embedders.quarantine import Reason
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 
 CENTER: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -592,7 +594,8 @@ def test_decoders_write_nothing_to_stderr() -> None:
     code = """
 import io, sys
 from PIL import Image, features
-from embedders.images import BadImage, decode
+from embedders.bad_images import BadImage
+from embedders.images import decode
 photo = Image.effect_noise((90, 70), 50)
 def save(image, kind, **options):
     out = io.BytesIO()

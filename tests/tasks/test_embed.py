@@ -267,8 +267,7 @@ class Leaves(Lengths):
             raise self._error
         return super().load_embedding_model(device)
 
-    @property
-    def decoder(self) -> str:
+    def precision_on(self, device: str) -> str:
         if self._where == "write":
             raise self._error
         return ""

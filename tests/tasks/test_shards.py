@@ -17,15 +17,8 @@ from embedders.errors import InputError
 from embedders.fingerprint import digest
 from embedders.tar import read_tar_file
 from tasks.keys import layer_key, merge_key
-from tasks.records import (
-    RECORD,
-    LayerRecord,
-    MergeRecord,
-    Unbalanced,
-    read_layer_record,
-    read_merge_record,
-    with_record,
-)
+from tasks.records import RECORD, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
+from tasks.sample_account import Unbalanced
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
 from tests.layers import layer_record

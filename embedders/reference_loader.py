@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from embedders.bad_images import BadImage
 from embedders.errors import is_out_of_memory
 from embedders.image_headers import inspect
-from embedders.images import MAX_PIXELS, BadImage, decode
+from embedders.images import MAX_PIXELS, decode
 from embedders.loader import Encoded, LoadedBatch, ModelInput
 from embedders.quarantine import Reason, Rejected
 

@@ -4,139 +4,54 @@ Building a pipeline with a GPU decoder takes 1.7 s, so it is built once, and fed
 samples come from. Three things make its output timm's (mean pixel difference 0.003 of 255 for bicubic):
 
 - sizes and origins are computed beforehand from the image headers, with torchvision's rounding (`Preprocessing`);
-- the resize is Pillow's: one pass an axis, rounded to 8 bits after each, in Pillow's order (`vertical_first`). Each
-  pass is given the region of the crop only, which leaves the pixels as they are and saves a third of the work;
+- the resize is Pillow's (`embedders.dali_operators`);
 - what DALI's decoder does not do as Pillow does it is left to Pillow (`embedders.image_headers.inspect`): those images
   go through the reference transform in threads, and become rows of the same batch.
 """
 
 from __future__ import annotations
 
-import enum
 import io
 import logging
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL
 from PIL import Image
 
+from embedders.dali_operators import (
+    DEPTH,
+    Decode,
+    Windows,
+    build_pipeline,
+    distinct_resizes,
+    known,
+    windows,
+    without_normalisation,
+)
 from embedders.image_headers import inspect
 from embedders.images import MAX_PIXELS, is_rotated
 from embedders.loader import Encoded, LoadedBatch, ModelInput
-from embedders.preprocess import CropMode, Interpolation, Preprocessing
-from embedders.reference import Reference, collect, to_device
+from embedders.preprocess import Preprocessing
+from embedders.reference_loader import Reference, collect, to_device
 
 if TYPE_CHECKING:
     import torch
 
-    from embedders.reference import FutureRows
+    from embedders.reference_loader import FutureRows
 
 logger = logging.getLogger(__name__)
-
-DEPTH = 3
-"""Batches in a pipeline at once: one being waited for, the others decoding while the caller computes."""
 
 DECODERS = 2
 """Pipelines that take turns where nvJPEG decodes. A decoder prepares a batch for the hardware only when its last one is
 through, colours converted; while the model has the GPU that takes long, and the hardware would stand idle meanwhile."""
 
-HARDWARE_SHARE = 0.9
-"""The part of a full batch that goes to the GPU's JPEG decoder; the rest, and what that decoder cannot do (progressive
-images), goes to its other cores. On an H100 that is as fast as 0.65 and takes half the processor time."""
-
 TINY = 16
 """The side, in pixels, up to which an image is Pillow's. DALI's resize of those is up to 14 levels off."""
-
-FANCY_UPSAMPLING = True
-"""Whether nvJPEG smooths subsampled chroma, as Pillow does, instead of repeating it."""
-
-
-class Decode(enum.StrEnum):
-    """Who decodes JPEGs."""
-
-    EXACT = "exact"
-    """libjpeg-turbo on the CPU: Pillow's pixels, bit for bit."""
-    FAST = "fast"
-    """nvJPEG on the GPU and its hardware decoder: about three times as fast, cosine to timm's vectors 0.9993."""
-
-
-class Windows(NamedTuple):
-    """What DALI is told about n images: arrays of shape (n, 2), (y, x) in pixels, float32 but for `origin`.
-
-    The first pass takes the window `start1` to `end1` of the image to `size1`, the second takes `start2` to `end2` of
-    that to `size2`. Each changes the scale of one axis only. `origin` (int32) is where the crop begins in the result:
-    zero, or negative where there is padding.
-    """
-
-    start1: np.ndarray
-    end1: np.ndarray
-    size1: np.ndarray
-    start2: np.ndarray
-    end2: np.ndarray
-    size2: np.ndarray
-    origin: np.ndarray
-
-
-class _Axis(NamedTuple):
-    """One axis of n images, arrays of shape (n,): the part that the crop shows, before and after the resize."""
-
-    start: np.ndarray
-    """Where it starts in the source, a fraction of a pixel included."""
-    end: np.ndarray
-    shown: np.ndarray
-    """Its size after the resize."""
-    first: np.ndarray
-    """The first row (or column) of the source that the filter touches for it."""
-    last: np.ndarray
-    """The row after the last one."""
-
-
-def windows(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) -> Windows:
-    """Return the windows for n images of heights x widths (shape (n,))."""
-    resize_h, resize_w, crop_top, crop_left = preprocessing.geometries(heights, widths)
-    support = preprocessing.interpolation.support
-    y = _axis(heights, resize_h, crop_top, preprocessing.height, support)
-    x = _axis(widths, resize_w, crop_left, preprocessing.width, support)
-    zero = np.zeros_like(y.first)
-    upright = vertical_first(heights, widths, resize_h, resize_w)
-    # In its pass an axis goes from start..end to its final size. In the first pass the other axis is only cut, to
-    # what the second pass needs; in the second one the axis that is done stays as it is.
-    return Windows(
-        start1=_pairs(np.where(upright, y.start, y.first), np.where(upright, x.first, x.start)),
-        end1=_pairs(np.where(upright, y.end, y.last), np.where(upright, x.last, x.end)),
-        size1=_pairs(np.where(upright, y.shown, y.last - y.first), np.where(upright, x.last - x.first, x.shown)),
-        start2=_pairs(np.where(upright, zero, y.start - y.first), np.where(upright, x.start - x.first, zero)),
-        end2=_pairs(np.where(upright, y.shown, y.end - y.first), np.where(upright, x.end - x.first, x.shown)),
-        size2=_pairs(y.shown, x.shown),
-        origin=_pairs(np.minimum(crop_top, 0), np.minimum(crop_left, 0), np.int32),
-    )
-
-
-def vertical_first(heights: np.ndarray, widths: np.ndarray, resize_h: np.ndarray, resize_w: np.ndarray) -> np.ndarray:
-    """Return whether Pillow makes the vertical pass before the horizontal one, for n images: bool of shape (n,).
-
-    Up to Pillow 12 it never does. Pillow 13 does if the height shrinks much more than the width
-    (python-pillow/Pillow#9549). The order shows, because the result of the first pass is rounded to 8 bits.
-    """
-    if int(PIL.__version__.split(".")[0]) < 13:
-        return np.zeros(heights.shape, bool)
-    return (resize_h < heights) & (heights - resize_h > 2 * (widths - resize_w))
-
-
-def _axis(size: np.ndarray, resized: np.ndarray, origin: np.ndarray, crop: int, support: float) -> _Axis:
-    """Return one axis of n images of `size` pixels; `support` is the filter's radius at scale 1."""
-    low, high = np.maximum(origin, 0), np.minimum(origin + crop, resized)
-    scale = size / resized
-    reach = support * np.maximum(scale, 1) + 2  # two to spare
-    start, end = low * scale, high * scale
-    first, last = np.maximum(np.floor(start - reach), 0), np.minimum(np.ceil(end + reach), size)
-    return _Axis(start, end, high - low, first, last)
 
 
 @dataclass
@@ -192,8 +107,8 @@ class DaliLoader:
         if decode is Decode.FAST and self._device.type != "cuda":
             raise ValueError("Decode.FAST decodes on a GPU: use Decode.EXACT on the CPU")
         self._inputs = inputs
-        self._preprocessings = [_known(each.preprocessing) for each in inputs]
-        self._resizes = _resizes(self._preprocessings)
+        self._preprocessings = [known(each.preprocessing) for each in inputs]
+        self._resizes = distinct_resizes(self._preprocessings)
         self._decode = decode
         self._batch_size = batch_size
         self._num_threads = num_threads
@@ -362,7 +277,7 @@ class DaliLoader:
         are full batches: the decoder takes the first one as the measure of how many images the hardware gets, ever.
         """
         threads = max(1, self._num_threads // self._decoders)
-        pipeline = _pipeline(self._inputs, self._decode, self._batch_size, threads, self._device)
+        pipeline = build_pipeline(self._inputs, self._decode, self._batch_size, threads, self._device)
         pipeline.build()
         tiny = _tiny_jpeg(_START_SIDE)
         sizes = np.full((self._batch_size, 2), _START_SIDE)
@@ -379,7 +294,11 @@ class DaliLoader:
         pipeline.feed_input("encoded", images)
         for number, resize in enumerate(self._resizes):
             # Inputs of one resize fit alike, since only the resize decides it.
-            fit = next(fit for fit, each in zip(fits, self._preprocessings, strict=True) if _resize(each) == resize)
+            fit = next(
+                fit
+                for fit, each in zip(fits, self._preprocessings, strict=True)
+                if without_normalisation(each) == resize
+            )
             heights, widths = np.where(fit[:, None], sizes, _START_SIDE).T
             where = windows(resize, heights, widths)
             if not fit.all():
@@ -391,18 +310,6 @@ class DaliLoader:
 
 _START_SIDE = 64
 """Side of the image that a pipeline is started with, in pixels."""
-
-
-def _resize(preprocessing: Preprocessing) -> Preprocessing:
-    """Return a preprocessing without its normalisation: those that are equal then share one resize and crop."""
-    zero, one = (0.0,) * preprocessing.channels, (1.0,) * preprocessing.channels
-    mean = preprocessing.mean if preprocessing.crop_mode is CropMode.BORDER else zero  # it is the colour of the border
-    return replace(preprocessing, mean=mean, std=one)
-
-
-def _resizes(preprocessings: Sequence[Preprocessing]) -> list[Preprocessing]:
-    """Return the different resizes of some preprocessings."""
-    return list(dict.fromkeys(map(_resize, preprocessings)))
 
 
 def _first_pixel_instead(where: Windows, preprocessing: Preprocessing, unfit: np.ndarray) -> Windows:
@@ -418,124 +325,6 @@ def _first_pixel_instead(where: Windows, preprocessing: Preprocessing, unfit: np
             for instead, values in zip(harmless, where, strict=True)
         )
     )
-
-
-def _known(preprocessing: Preprocessing | None) -> Preprocessing:
-    if preprocessing is None:
-        raise ValueError("DALI needs the preprocessing of every input")
-    return preprocessing
-
-
-def _pipeline(
-    inputs: Sequence[ModelInput], decode: Decode, batch_size: int, num_threads: int, device: torch.device
-) -> Any:
-    """Build a pipeline: encoded bytes and the `Windows` of each input in; per input an output on `device`.
-
-    An output is (channels, height, width) of the input's dtype, normalised.
-    """
-    import nvidia.dali.types as dali_types
-    from nvidia.dali import fn
-    from nvidia.dali.pipeline import Pipeline
-
-    types: Any = dali_types  # its constants are made at run time
-    make_pipeline: Any = Pipeline  # its type stub lacks exec_dynamic
-    on_gpu = device.type == "cuda"
-    pipeline = make_pipeline(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=0 if on_gpu else None,
-        prefetch_queue_depth=DEPTH,
-        exec_dynamic=True,
-    )
-    with pipeline:
-        images = _decoded(decode, on_gpu)
-        if _known(inputs[0].preprocessing).channels == 1:
-            images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-        resizes = _resizes([_known(each.preprocessing) for each in inputs])
-        resized = {resize: _resized(images, number, resize) for number, resize in enumerate(resizes)}
-        pipeline.set_outputs(*(_normalised(resized[_resize(_known(each.preprocessing))], each) for each in inputs))
-    return pipeline
-
-
-def _decoded(decode: Decode, on_gpu: bool) -> Any:
-    """Add to the current pipeline: the input "encoded", decoded to RGB on the device that resizes."""
-    import nvidia.dali.types as dali_types
-    from nvidia.dali import fn
-
-    types: Any = dali_types
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-    nvjpeg: dict[str, Any] = {"hw_decoder_load": HARDWARE_SHARE, "jpeg_fancy_upsampling": FANCY_UPSAMPLING}
-    fast = decode is Decode.FAST
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if fast else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        **(nvjpeg if fast else {}),
-    )
-    return images.gpu() if on_gpu and not fast else images
-
-
-def _resized(images: Any, number: int, preprocessing: Preprocessing) -> Any:
-    """Add to the current pipeline: timm's resize and crop, told per image by its `Windows`; 8-bit pixels."""
-    import nvidia.dali.types as dali_types
-    from nvidia.dali import fn
-
-    types: Any = dali_types
-    interpolation = getattr(types, _INTERPOLATION[preprocessing.interpolation])
-
-    def told(name: str, kind: Any = types.FLOAT) -> Any:
-        return fn.external_source(name=f"{name}_{number}", dtype=kind, ndim=1)
-
-    for step in ("1", "2"):
-        images = fn.resize(
-            images,
-            size=told(f"size{step}"),
-            roi_start=told(f"start{step}"),
-            roi_end=told(f"end{step}"),
-            interp_type=interpolation,
-            antialias=True,
-            dtype=types.UINT8,
-        )
-    if not preprocessing.pads:
-        return images
-    return fn.slice(
-        images,
-        start=told("origin", types.INT32),
-        shape=(preprocessing.height, preprocessing.width),
-        axes=(0, 1),
-        out_of_bounds_policy="pad",
-        fill_values=preprocessing.fill,
-    )
-
-
-def _normalised(images: Any, model_input: ModelInput) -> Any:
-    """Add to the current pipeline: the images as one input wants them, (channels, height, width) of its dtype."""
-    import nvidia.dali.types as dali_types
-    import torch
-    from nvidia.dali import fn
-
-    types: Any = dali_types
-    preprocessing = _known(model_input.preprocessing)
-    return fn.crop_mirror_normalize(
-        images,
-        dtype=types.FLOAT16 if model_input.dtype == torch.float16 else types.FLOAT,
-        output_layout="CHW",
-        mean=[255 * value for value in preprocessing.mean],
-        std=[255 * value for value in preprocessing.std],
-    )
-
-
-_INTERPOLATION = {
-    Interpolation.BILINEAR: "INTERP_LINEAR",
-    Interpolation.BICUBIC: "INTERP_CUBIC",
-    Interpolation.LANCZOS: "INTERP_LANCZOS3",
-}
-"""DALI's filters of Pillow's shapes: the cubic is Keys' with a = -0.5 in both."""
-
-
-def _pairs(y: np.ndarray, x: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    return np.stack([y, x], axis=1).astype(dtype)
 
 
 def _tiny_jpeg(side: int) -> np.ndarray:
