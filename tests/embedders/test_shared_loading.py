@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders import ImageEmbedder, TimmImageEmbedder, images, reference
+from embedders import ImageEmbedder, TimmImageEmbedder, images, reference_loader
 from embedders.errors import InputError
 from embedders.image_headers import inspect
 from embedders.quarantine import Reason
@@ -163,7 +163,7 @@ def test_an_image_that_pillow_decodes_is_decoded_once(
         sizes.append(len(data))
         return images.decode(data, *args)
 
-    monkeypatch.setattr(reference, "decode", counted)
+    monkeypatch.setattr(reference_loader, "decode", counted)
     together([Model(loader=loader), Model(SQUASHED, loader=loader)], shards[:1])
     assert sizes.count(len(ARITHMETIC_JPEG)) == 1
     assert sizes.count(len(members()["07.jpg"])) == (1 if loader == "reference" else 0)
