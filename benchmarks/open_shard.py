@@ -55,14 +55,20 @@ def write_shard(path: Path, samples: int, image: bytes) -> None:
         file.write(bytes(1024))
 
 
-class _Peak(threading.Thread):
-    """The most anonymous memory that this process has, looked at every few milliseconds."""
+class Peak(threading.Thread):
+    """The most anonymous memory that this process has, looked at every few milliseconds.
+
+    Attributes:
+        began: What it had when this was made, in kB.
+        most: The most since then, in kB.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.began = self.most = _anonymous()
 
     def run(self) -> None:
+        """Look, until the process ends."""
         while True:
             self.most = max(self.most, _anonymous())
             time.sleep(0.005)
@@ -84,7 +90,7 @@ def measure(path: str, id_col: str) -> dict[str, Any]:
         write_shard(Path(folder, "small.tar"), 64, jpeg(0))
         data = map_tar(Path(folder, "small.tar"))
         describe(data, read_tar_file(Path(folder, "small.tar"), "small.tar"), id_col, headers=True)
-    peak = _Peak()
+    peak = Peak()
     peak.start()
     seconds: dict[str, float] = {}
 
