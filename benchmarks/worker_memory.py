@@ -1,8 +1,9 @@
-"""`python -m benchmarks.worker_memory`: memory and speed of a worker's task for shards of a thousand to a million samples.
+"""`python -m benchmarks.worker_memory`: memory and speed of a worker for shards of a thousand to a million samples.
 
 Each shard is embedded by a process of its own, as a worker embeds it: opened, decoded by DALI, through a model, and
-written in row groups. Memory is what is anonymous; pages of the mapped tar can go at any time. By default the model is the mean
-of the pixels in 768 numbers, so that a CPU comes through a million images in minutes; `--model` takes one of timm's.
+written in row groups. Memory is what is anonymous; pages of the mapped tar can go at any time. By default the model is
+the mean of the pixels in 768 numbers, so that a CPU comes through a million images in minutes; `--model` takes one of
+timm's.
 """
 
 from __future__ import annotations
