@@ -38,6 +38,7 @@ def export(
     rows_per_file: int = 1_000_000,
     index: Literal["auto", "flat", "ivf"] = "auto",
     dataset: str | None = None,
+    layer: str | None = None,
 ) -> str:
     """Write a dataset that flows.embed made in the layout of another tool.
 
@@ -59,6 +60,8 @@ def export(
         For faiss: flat is exact and in memory, ivf searches parts and stays on disk; auto is flat up to 4 GiB.
     dataset
         The dataset's folder, if it was embedded in place and has moved.
+    layer
+        The layer of vectors to export, if the output has several. By default the first of the last run.
     """
     if rows_per_file < 1:
         raise InputError(f"--rows-per-file: give at least 1, not {rows_per_file}")
@@ -68,7 +71,7 @@ def export(
         "faiss": {"kind": index},
         "lance": {"dtype": dtype},
     }
-    made = Exported.open(output, dataset)
+    made = Exported.open(output, dataset, layer)
     made_of = {"format": format, "from": made.folder.url, **options[format]}
     with writing(target.url, "give another --to"), whole_folder(target, made_of) as folder:
         rows = WRITERS[format](made, folder, **options[format])

@@ -51,7 +51,11 @@ map.on('plotly_unhover',()=>{hover.style.display='none'});</script>"""
 
 
 def write_report(
-    output: str, seed: int = 0, dataset: str | None = None, note: Callable[[str], None] = lambda text: None
+    output: str,
+    seed: int = 0,
+    dataset: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    layer: str | None = None,
 ) -> str:
     """Write report.html into an output and return its path or URL.
 
@@ -62,9 +66,10 @@ def write_report(
         seed: Seed of the sample of vectors.
         dataset: Where the dataset is, if it is not where the manifest says.
         note: Called with a line if pictures are missing.
+        layer: The layer to show; by default the first of the last run.
 
     Raises:
-        InputError: The output has no manifest, or cannot be written to.
+        InputError: The output has no manifest or no such layer, or cannot be written to.
 
     Example:
         >>> write_report("out")
@@ -75,7 +80,7 @@ def write_report(
     except ImportError as error:
         raise InputError("the report needs plotly: pip install plotly") from error
     folder = Folder(output)
-    manifest = read_manifest(output, dataset)
+    manifest = read_manifest(output, dataset, layer)
     generator = np.random.default_rng(seed)
     sampled = sample_vectors(folder, manifest.column, VECTORS, generator)
     component = manifest.embedder.get("image_component")
@@ -320,7 +325,7 @@ def _plot(name: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> st
 
 
 @app.default
-def report(output: str, *, dataset: str | None = None) -> None:
+def report(output: str, *, dataset: str | None = None, layer: str | None = None) -> None:
     """Write OUTPUT/report.html from the files of an output.
 
     Parameters
@@ -329,8 +334,10 @@ def report(output: str, *, dataset: str | None = None) -> None:
         The --output of a run of flows.embed.
     dataset
         The dataset's folder, if it has moved. The pictures are read from there.
+    layer
+        The layer of vectors to show, if the output has several. By default the first of the last run.
     """
-    print(write_report(output, dataset=dataset, note=lambda text: print(text, file=sys.stderr)))
+    print(write_report(output, dataset=dataset, layer=layer, note=lambda text: print(text, file=sys.stderr)))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -63,6 +63,7 @@ def search(
     checkpoint: str | None = None,
     embedder: str | None = None,
     dataset: str | None = None,
+    layer: str | None = None,
     sheet: str | None = None,
 ) -> list[Found]:
     """Print the nearest images with their cosines, paths and metadata, and write a page with their pictures.
@@ -85,6 +86,8 @@ def search(
         The custom embedder as module:Class, if the dataset was embedded with one.
     dataset
         The dataset's folder, if it has moved.
+    layer
+        The layer of vectors to search, if the output has several. By default the first of the last run.
     sheet
         The page to write. By default a new one in the output: search.html, then search-2.html.
     """
@@ -93,7 +96,7 @@ def search(
     if count < 1:
         raise InputError(f"--count: give at least 1, not {count}")
     folder = Folder(output)
-    manifest = read_manifest(output, dataset)
+    manifest = read_manifest(output, dataset, layer)
     if image is not None:
         shown = data_url(read_photograph(image), SIDE)
         query, wanted = embed_query(image, manifest, checkpoint, embedder), digest(manifest.embedder)

@@ -107,6 +107,37 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
 
+    def of_layer(self, name: str) -> Manifest:
+        """Return this account with another layer's in place of the main one.
+
+        Args:
+            name: The layer, which must hold vectors.
+
+        Raises:
+            InputError: There is no such layer, or it has no vectors.
+        """
+        if name == self.column:
+            return self
+        vectors = [
+            name for name, layer in self.layers.items() if len(layer.columns.get(name, {}).get("shape", ())) == 1
+        ]
+        if name not in vectors:
+            raise InputError(
+                f"{self.output}: no layer of vectors is called {name!r}; give one of: {', '.join(vectors)}"
+            )
+        layer = self.layers[name]
+        shared = ("samples", "embedded", "quarantined", "quarantined_by_reason", "decoders", "computed")
+        return self.model_copy(
+            update={field: getattr(layer, field) for field in shared}
+            | {
+                "column": name,
+                "embedder": layer.made_of,
+                "model": str(layer.made_of.get("model", layer.made_of.get("embedder", ""))),
+                "dimensions": layer.columns[name]["shape"][0],
+                "checkpoint": "",  # it was another model's
+            }
+        )
+
     @property
     def told_rows(self) -> str:
         """The rows of the dataset, and what became of those without an embedding, for a person."""
@@ -324,11 +355,16 @@ def write_manifest(manifest: Manifest) -> None:
     Folder(manifest.output).write_text(MANIFEST, json.dumps(stored, indent=2) + "\n")
 
 
-def read_manifest(output: str, dataset: str | None = None) -> Manifest:
-    """The account in an output, with the places where things are now.
+def read_manifest(output: str, dataset: str | None = None, layer: str | None = None) -> Manifest:
+    """Return the account in an output, with the places where things are now.
 
-    :param dataset: where the dataset is, if it is not where the manifest says.
-    :raises InputError: there is none, or it is not readable.
+    Args:
+        output: Folder or URL of the output.
+        dataset: Where the dataset is, if it is not where the manifest says.
+        layer: The layer of vectors that is meant; by default the first of the last run.
+
+    Raises:
+        InputError: There is no manifest or no such layer, or the manifest is not readable.
     """
     text = Folder(output).read_text(MANIFEST)
     if text is None:
@@ -336,9 +372,10 @@ def read_manifest(output: str, dataset: str | None = None) -> Manifest:
     try:
         stored = json.loads(text)
         places = find_places(output, stored, dataset)
-        return Manifest(**stored | vars(places) | {"output": output})
+        manifest = Manifest(**stored | vars(places) | {"output": output})
     except (ValueError, TypeError, AttributeError) as error:  # pydantic's are ValueErrors
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
+    return manifest if layer is None else manifest.of_layer(layer)
 
 
 def read_quarantine(

@@ -16,7 +16,10 @@ import torch
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.errors import InputError
 from embedders.webdataset import open_shard
+from flows.demo_data import load_photograph
 from flows.embed import embed_dataset, main
+from flows.export import main as export
+from flows.report import main as report
 from flows.search import main as search
 from tasks.manifest import Manifest
 from tests.layers import run_engine
@@ -136,9 +139,24 @@ def test_an_added_layer_keeps_the_others(copied: Path, command: Callable[..., Fi
     assert pq.read_table(copied / "out/metadata").column_names == [*IMG2DATASET, "a_efficient", "b_vit", "c_resnet"]
 
 
-def test_search_takes_any_of_the_layers(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert search([str(copied / "out"), "--id", "000000000"]) == 0
-    assert "000000000" in capsys.readouterr().out
+def test_search_export_and_report_take_any_of_the_layers(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, photograph = str(copied / "out"), str(copied / "cat.png")
+    load_photograph("skimage", "data/chelsea.png").save(photograph)
+    lengths = {}
+    for layer in ("a_efficient", "b_vit"):
+        assert search([output, "--image", photograph, "--layer", layer]) == 0
+        assert search([output, "--id", "000000000", "--layer", layer, "--count", "1"]) == 0
+        assert "1.000" in capsys.readouterr().out
+        assert export([output, "--format", "npy", "--layer", layer, "--to", str(copied / layer)]) == 0
+        assert report([output, "--layer", layer]) == 0
+        lengths[layer] = np.load(copied / layer / "img_emb/img_emb_0.npy").shape[1]
+        assert f"<th>dimensions<td>{lengths[layer]}" in (copied / "out/report.html").read_text()
+    assert lengths == {"a_efficient": 256, "b_vit": 64}
+    for command in (search, report):
+        assert command([output, "--layer", "c", *(["--id", "000000000"] if command is search else [])]) == 2
+        assert "no layer of vectors is called 'c'; give one of: a_efficient, b_vit" in capsys.readouterr().err
+    assert export([output, "--format", "npy", "--layer", "caption"]) == 2
+    assert "has no vectors 'caption'" in capsys.readouterr().err
 
 
 def test_the_summary_names_each_layer(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_what_was_added_is_read_back(shard: Shard, shape: tuple[int, ...], dtype
 @pytest.mark.parametrize("shape", [(768,), (257, 768)])
 def test_a_row_group_is_small_whatever_a_batch_has(shard: Shard, shape: tuple[int, ...]) -> None:
     row = 4 * int(np.prod(shape))
-    samples = np.arange((48 << 20) // row)
+    samples = np.arange((200 << 20) // row)
     with LayerWriter(shard, "x") as writer:
         writer.add(samples, ids(samples), {"x": np.zeros((len(samples), *shape), np.float32)})
         writer.finish(record(len(samples), 0, writer.columns), [])

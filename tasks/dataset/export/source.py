@@ -67,9 +67,8 @@ class Exported:
                 footer = pq.read_metadata(file)
             description = _described(footer, column)
             if description is None:
-                raise InputError(
-                    f"{folder.url}/{name}: has no embeddings that shard-embed wrote; run flows.embed first"
-                )
+                what = "has no embeddings" if column is None else f"has no vectors {column!r}"
+                raise InputError(f"{folder.url}/{name}: {what} that shard-embed wrote; run flows.embed first")
             rows += footer.num_rows
             if described is None or description["dimensions"] > described["dimensions"]:
                 described = description
