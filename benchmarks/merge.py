@@ -131,7 +131,7 @@ def _write_inputs(folder: str, name: str, rows: int, dimensions: int, shuffle: b
             vectors = rng.standard_normal((len(ids), dimensions), np.float32)
             writer.add(np.arange(start, start + len(ids)), ids, {COLUMN: vectors})
         writer.flush()
-        key = layer_key(shard, "e", "key")
+        key = layer_key(shard, COLUMN, "e", "key")
         writer.finish(LayerRecord(key, COLUMN, "e", rows, rows, {}, rows, writer.columns), [])
     return shard
 
@@ -418,7 +418,7 @@ def make_finished(folder: Path, count: int) -> None:
     known = _finished_record(recipe)
     notes = footer(merged.schema, describe(options, {COLUMN: known}))
     for shard in shards:
-        record = replace(known, key=layer_key(shard, recipe.digest, "key"))
+        record = replace(known, key=layer_key(shard, COLUMN, recipe.digest, "key"))
         _write_small(layer, record, f"{shard.output}/{shard.layer_file(COLUMN)}")
         done = MergeRecord(merged_key(shard, {COLUMN: record}, options), 1, 0, 0)
         _write_small(merged.replace_schema_metadata(notes), done, f"{shard.output}/{shard.merged_file}")

@@ -29,6 +29,9 @@ class ImageEmbedder(ABC):
     """The extension of the image to embed where samples have several; or several, such as "jpg,png": the first of them
     that a sample has."""
 
+    extra_columns: tuple[str, ...] = ()
+    """Names of the arrays that the model gives beside the vectors, if it gives a mapping; columns of the same layer."""
+
     execution_parameters: frozenset[str] = frozenset({"image_embedding_column", "use_index_files"})
     """Attributes that change how an embedder runs and not what vectors it gives: left out of its fingerprint."""
 
@@ -59,15 +62,15 @@ class ImageEmbedder(ABC):
             device: "cuda" or "cpu".
 
         Returns:
-            A callable that takes a batch of n images and returns an array (n, dimensions), or a mapping of named arrays
-            (n, ...), each of which becomes a column.
+            A callable that takes a batch of n images and returns an array (n, dimensions); or a mapping with this
+            array under the name `image_embedding_column`, and one (n, ...) for each of `extra_columns`.
         """
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Return the layers that this embedder makes: the image vectors first, named by their column.
 
-        A named array of the model goes to the layer of its name, or else becomes a column of the first layer.
+        If there are several, the model gives a mapping that has an array (n, ...) for each.
         """
         return (self.image_embedding_column,)
 

@@ -180,7 +180,7 @@ class Engine:
         """Take sessions that `embedders.shared_loading.can_share` lets work together."""
         keep_freed_memory()
         self.sessions = tuple(sessions)
-        self._shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._kinds: dict[tuple[int, str], tuple[np.dtype[Any], tuple[int, ...]]] = {}
 
     def embed(
         self, shards: Iterable[OpenShard], progressed: Callable[[], None] = lambda: None
@@ -241,21 +241,25 @@ class Engine:
                 waited.skip()
 
     def _arrived(self, number: int, session: Session, name: str, values: Any, batch: ShardBatch) -> np.ndarray:
-        """Wait for one column of a batch; see that its rows are as many as the images, and shaped like those before."""
+        """Wait for one column of a batch; see that its rows are as many as the images, and of the kind seen before."""
         if isinstance(values, _Copying):
             values.event.synchronize()
             values = values.host
-        array = np.asarray(values)
-        if array.dtype.kind not in "iub" or name == session.embedder.image_embedding_column:
-            array = np.asarray(array, np.float32)
-        if not array.ndim or len(array) != len(batch.rows):
+        array, vectors = np.asarray(values), name == session.embedder.image_embedding_column
+        if vectors or array.dtype.kind not in "iubf" or array.dtype.itemsize < np.dtype(np.float32).itemsize:
+            array = array if array.dtype.kind in "iub" and not vectors else np.asarray(array, np.float32)
+        if not array.ndim or len(array) != len(batch.rows) or (vectors and array.ndim != 2):
             raise ValueError(
-                f"the model gave an array of shape {array.shape} for a batch of {len(batch.rows)}; "
+                f"the model gave {name!r} as an array of shape {array.shape} for a batch of {len(batch.rows)}; "
                 "load_embedding_model must return a callable that gives (n, dimensions), or a mapping of (n, ...)"
             )
-        before = self._shapes.setdefault((number, name), array.shape[1:])
-        if before != array.shape[1:]:
-            raise ValueError(f"the model gave values of shape {array.shape[1:]} for {name!r} after {before}")
+        kind = array.dtype, array.shape[1:]
+        before = self._kinds.setdefault((number, name), kind)
+        if before != kind:
+            (was, shape), (now, other) = before, kind
+            if shape != other:
+                raise ValueError(f"the model gave values of shape {other} for {name!r} after {shape}")
+            raise ValueError(f"the model gave {now} for {name!r} after {was}")
         return array
 
     def _divide(
@@ -292,7 +296,23 @@ def _forward(session: Session, batch: ShardBatch) -> dict[str, Any] | None:
         values = _split_when_out_of_memory(session.model, batch.images)
         if not isinstance(values, Mapping):
             values = {session.embedder.image_embedding_column: values}
+        _check_names(session, values)
         return {str(name): _on_its_way(array) for name, array in values.items()}
+
+
+def _check_names(session: Session, values: Mapping[Any, Any]) -> None:
+    """Refuse a mapping that lacks an array, or has one whose name could not be checked before the run.
+
+    Raises:
+        ValueError: Says which.
+    """
+    embedder = session.embedder
+    expected = {*embedder.layers, *embedder.extra_columns}
+    if lacking := expected - values.keys():
+        found = ", ".join(map(str, values)) or "nothing"
+        raise ValueError(f"the model gave a mapping without {min(lacking)!r}; it has {found}")
+    if unknown := values.keys() - expected:
+        raise ValueError(f"the model gave {min(map(str, unknown))!r} too; name it in the embedder's extra_columns")
 
 
 def _split_when_out_of_memory(model: Callable[[Any], Any], images: Any) -> Any:
@@ -324,7 +344,7 @@ def _on_its_way(values: Any) -> Any:
     if not isinstance(values, torch.Tensor):
         return values
     values = values.detach()
-    if values.is_floating_point():
+    if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     if values.device.type != "cuda":
         return values

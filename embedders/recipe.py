@@ -22,6 +22,7 @@ class Recipe:
         fingerprint: Plain JSON, equal for equal values.
         digest: 32 hexadecimal digits that stand for the fingerprint in keys.
         source: The digest of the embedder's own fingerprint, equal for all layers of one embedder.
+        columns: The names of the columns that it computes.
     """
 
     layer: str
@@ -29,6 +30,7 @@ class Recipe:
     fingerprint: Mapping[str, Any]
     digest: str
     source: str
+    columns: tuple[str, ...]
 
     @property
     def image_component(self) -> str | None:
@@ -52,4 +54,8 @@ def recipes_of(embedder: ImageEmbedder) -> tuple[Recipe, ...]:
     """
     prints = {layer: embedder.fingerprint(layer) for layer in embedder.layers}
     source = digest([embedder.image_embedding_column, prints[embedder.layers[0]]])
-    return tuple(Recipe(layer, embedder, found, digest(found), source) for layer, found in prints.items())
+    main, extra = embedder.layers[0], tuple(embedder.extra_columns)
+    return tuple(
+        Recipe(layer, embedder, found, digest(found), source, (layer, *extra) if layer == main else (layer,))
+        for layer, found in prints.items()
+    )

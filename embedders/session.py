@@ -14,6 +14,11 @@ class Embeds(Protocol):
     """What a session uses of an embedder; `embedders.base.ImageEmbedder` has it all."""
 
     image_embedding_column: str
+    extra_columns: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that it makes."""
 
     def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
         """Load the model on a device."""

@@ -269,7 +269,12 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
             InputError: A custom embedder that cannot be imported or is none, or options that exclude each other.
         """
         if self.embedder is not None:
-            return (load_embedder(self.embedder),)
+            if len(self.model_name) > 1:
+                raise InputError("--embedder is instead of --model-name; give one of the two")
+            made = load_embedder(self.embedder)
+            if self.image_embedding_column != (COLUMN,):
+                made.image_embedding_column = self.columns[0]
+            return (made,)
         if self.checkpoint is not None and len(self.model_name) > 1:
             raise InputError("--checkpoint belongs to one model; leave it out, or give one --model-name")
         return tuple(self._timm(model, column) for model, column in zip(self.model_name, self.columns, strict=True))

@@ -167,7 +167,7 @@ def _publish(work: Folder, target: Folder, columns: Sequence[str] | None) -> Non
         with merged.open(found.name) as file:
             table = pq.ParquetFile(file).read(None if columns is None else list(columns), use_threads=False)
 
-        vectors = columns_made(table.schema) & set(table.column_names)
+        vectors = columns_made(table.schema).keys() & set(table.column_names)
         size = table.schema.names and rows_per_group(max(table.nbytes // max(len(table), 1), 1))
 
         def save(local: str, table: Any = table, vectors: set[str] = vectors, size: int = size) -> None:

@@ -239,7 +239,7 @@ def finish_with(config: EmbedConfig, work: Work) -> str:
     """The call that does what a run has left undone."""
     if work.given:
         return f"embed_dataset({config.dataset!r}, {config.output!r}, …), as before"
-    return config.model_copy(update={"overwrite": False}).command()
+    return config.command()
 
 
 def run_name(config: EmbedConfig, work: Work) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError, MalformedShard
 from embedders.quarantine import Reason
-from embedders.recipe import recipes_of
+from embedders.recipe import Recipe, recipes_of
 from embedders.samples import chosen_extensions
 from embedders.webdataset import OpenShard, twice
 from flows.config import EmbedConfig
@@ -109,7 +109,7 @@ def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> Wor
     if device == "cpu" and any(getattr(embedder, "precision", None) == "float8" for embedder in embedders):
         raise InputError("--precision float8 needs a GPU, and there is none here; give float16 or leave it out")
     recipes = tuple(recipe for embedder in embedders for recipe in recipes_of(embedder))
-    check_layer_names([recipe.layer for recipe in recipes], config.id_col)
+    check_names(recipes, config.id_col)
     held = functools.partial(held_schema, config.output)
     how = {"overwrite": config.overwrite, "verify": config.verify}
     try:
@@ -119,26 +119,29 @@ def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> Wor
     if plan.to_embed:
         for embedder in embedders:
             embedder.check()
-    images = _check_inputs(plan, config, embedders[0].image_component)
+    components = dict.fromkeys(embedder.image_component for embedder in embedders)
+    images = max(_check_inputs(plan, config, component) for component in components)
     return Work(device, plan, images, started, given)
 
 
-def check_layer_names(names: Sequence[str], id_col: str) -> None:
-    """Refuse names of layers, and so of columns, that cannot be used.
+def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
+    """Refuse names of layers and their columns that cannot be used.
 
     Raises:
         InputError: Two have one name, one has the name of the ids' column, or one cannot be a folder's name.
     """
+    names = [name for recipe in recipes for name in recipe.columns]
     for name in names:
         if names.count(name) > 1:
             raise InputError(
-                f"two layers would be called {name!r}; give a --image-embedding-column for each model, or another name"
+                f"two columns would be called {name!r}; give a --image-embedding-column for each model, or another name"
             )
         if name in (ID, PART, id_col):  # layer files hold ids as "id" and the numbers of several rows as "part"
-            raise InputError(f"a layer cannot be called {name!r}: another column is; give --image-embedding-column")
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise InputError(f"a column cannot be called {name!r}: another one is; give --image-embedding-column")
+    for layer in (recipe.layer for recipe in recipes):
+        if not layer or layer.startswith(".") or "/" in layer or "\0" in layer:
             raise InputError(
-                f"a layer cannot be called {name!r}: its folder could not be; give another --image-embedding-column"
+                f"a layer cannot be called {layer!r}: its folder could not be; give another --image-embedding-column"
             )
 
 
@@ -149,7 +152,7 @@ def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) 
     :raises InputError: the metadata do not fit, or no sample of these tars has an image by --image-component.
     """
     of_bytes, opened, shards = 0, [], plan.to_embed
-    names = {*plan.options.names, *(recipe.layer for recipe in plan.recipes)}
+    names = {*plan.options.names, *(name for recipe in plan.recipes for name in recipe.columns)}
     for number, shard in enumerate(shards[:CHECKED_METADATA]):
         ids = None
         if number < CHECKED_TARS and shard.source.is_local:

@@ -57,7 +57,7 @@ def start_for_new_shards(
 
 
 def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
-    """Return the tars of a dataset that no layer of an output has a file of.
+    """Return the tars of a dataset that some layer of an output has no file of.
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards.
@@ -67,5 +67,9 @@ def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
         InputError: The dataset cannot be listed.
     """
     layers = Folder(Folder(output).place("layers"))
-    done = {file.name.partition("/")[2].removesuffix(".parquet") for file in layers.list(".parquet")}
-    return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in done]
+    done: dict[str, set[str]] = {}
+    for file in layers.list(".parquet"):
+        layer, _, name = file.name.partition("/")
+        done.setdefault(layer, set()).add(name.removesuffix(".parquet"))
+    everywhere = set.intersection(*done.values()) if done else set()
+    return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in everywhere]

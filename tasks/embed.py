@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
@@ -189,7 +188,7 @@ class _GroupRun:
         """Return the record of a layer that an earlier try of this task finished, by the planner's own measure."""
         name = shard.layer_file(recipe.layer)
         record = read_layer_record(shard.target, name)
-        if record is None or record.key != layer_key(shard, recipe.digest, self.options.id_col):
+        if record is None or record.key != layer_key(shard, recipe.layer, recipe.digest, self.options.id_col):
             return None
         if not recipe.accepts(record.decoder) or not account_agrees(shard, record):
             return None
@@ -204,9 +203,8 @@ class _GroupRun:
             ids = rows.shard.ids_at(rows.samples)
             for recipe in self._recipes_of(rows.session):
                 writer = writing.writers.get(recipe.layer)
-                columns = _columns_of(recipe, rows)
-                if writer is not None and columns:
-                    writer.add(rows.samples, ids, columns)
+                if writer is not None:
+                    writer.add(rows.samples, ids, {name: rows.columns[name] for name in recipe.columns})
         except BaseException as error:
             self.failures[writing.shard.name] = ShardFailure.of(writing.shard.name, error)
 
@@ -236,7 +234,7 @@ class _GroupRun:
     def _finish_layer(self, recipe: Recipe, number: int, writing: _Writing, end: EndOfShard) -> LayerRecord:
         session, writer = self._sessions[number], writing.writers[recipe.layer]
         stages = {"read": writing.seconds, **end.waited, "write": self._wrote}
-        key = layer_key(writing.shard, recipe.digest, self.options.id_col)
+        key = layer_key(writing.shard, recipe.layer, recipe.digest, self.options.id_col)
         return finish_layer(writer, recipe, key, end, number, session, stages)
 
     def _recipes_of(self, session: int) -> Iterator[Recipe]:
@@ -288,15 +286,6 @@ class _Writing:
     writers: dict[str, LayerWriter]
     stack: contextlib.ExitStack
     seconds: float
-
-
-def _columns_of(recipe: Recipe, rows: Rows) -> dict[str, np.ndarray]:
-    """Return the columns that go to a recipe's layer: the one of its name; the first layer has all of no name too."""
-    layers = recipe.embedder.layers
-    first = recipe.layer == layers[0]
-    return {
-        name: values for name, values in rows.columns.items() if name == recipe.layer or (first and name not in layers)
-    }
 
 
 def _unmap(opened: OpenShard) -> None:

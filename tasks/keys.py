@@ -12,7 +12,7 @@ FORMAT = 2
 """Version of what layer files hold; part of every key, so a change makes them again."""
 
 
-def layer_key(shard: Shard, recipe: str, id_col: str) -> str:
+def layer_key(shard: Shard, layer: str, recipe: str, id_col: str) -> str:
     """Return what a layer file is a pure function of: the tar's content, and the recipe.
 
     The shard's name is in it too: two tars of one size and time are told apart, and so are their outputs if they are
@@ -20,10 +20,11 @@ def layer_key(shard: Shard, recipe: str, id_col: str) -> str:
 
     Args:
         shard: The shard.
+        layer: The layer's name: a folder that was renamed holds no layer of the new name.
         recipe: The digest of the recipe's fingerprint.
         id_col: The name of the id in the samples' json.
     """
-    parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "recipe": recipe, "id": id_col}
+    parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "layer": layer, "recipe": recipe, "id": id_col}
     if shard.key_dot != "first":
         parts["key_dot"] = shard.key_dot
     return digest(parts | {"format": FORMAT})

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedders.errors import MalformedShard, one_line
 from tasks.dataset.vectors import READ_BYTES, VectorFormat, as_matrix, rows_per_group, scratch, vector_array
 from tasks.layers import ID
 from tasks.merge_options import MergedColumn, MergeOptions
-from tasks.records import PART
+from tasks.records import PART, LayerRecord
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 
@@ -47,6 +48,36 @@ def group_rows(options: MergeOptions) -> int:
     return rows_per_group(sum(bytes_of(column) for column in options.columns))
 
 
+def check_as_planned(shard: Shard, record: LayerRecord, options: MergeOptions) -> None:
+    """Prove that a layer's columns are what other shards have of it.
+
+    Raises:
+        MalformedShard: One has another type or shape.
+    """
+    for column in options.columns:
+        here = record.columns.get(column.name) if column.layer == record.layer and record.embedded else None
+        if here is not None and (here.dtype, here.shape) != (column.dtype, column.shape):
+            of = f"{here.dtype} of shape {here.shape}, and in another shard {column.dtype} of shape {column.shape}"
+            where = f"{shard.layer_file(record.layer)}: column {column.name!r}"
+            raise MalformedShard(f"{where} has {of}; delete the wrong file, and have the model give one type")
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say which file it is that Arrow cannot read.
+
+    Raises:
+        MalformedShard: Its content is damaged.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's error; what Arrow says of a file's content has no number
+        what = one_line(error, limit=120)
+        raise MalformedShard(f"{where}: damaged ({what}); delete it, and run the command that made it again") from error
+
+
 class LayerFile:
     """An open layer file of a shard."""
 
@@ -55,18 +86,25 @@ class LayerFile:
         known = set(self._parquet.schema_arrow.names)
         self._columns = [column for column in columns if column.name in known]
         self._form = form
+        self.where = ""
+        """How messages name the file."""
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, shard: Shard, layer: str, options: MergeOptions) -> Iterator[Self]:
         """Open a shard's file of a layer, for the columns that the merged dataset has of it."""
         columns = [column for column in options.columns if column.layer == layer]
-        with arrow_file(shard.target, shard.layer_file(layer)) as file:
-            yield cls(file, columns, options.form)
+        name = shard.layer_file(layer)
+        with arrow_file(shard.target, name) as file:
+            with _named(shard.target.place(name)):
+                opened = cls(file, columns, options.form)
+            opened.where = shard.target.place(name)
+            yield opened
 
     def ids(self) -> pa.ChunkedArray:
         """Return the ids of its samples as text, each once."""
-        ids = self._parquet.read([ID], use_threads=False).column(0)
+        with _named(self.where):
+            ids = self._parquet.read([ID], use_threads=False).column(0)
         several = PART in self._parquet.schema_arrow.names
         return pa.chunked_array([ids.unique()]) if several else ids
 
@@ -79,7 +117,14 @@ class LayerFile:
         found = places[places >= 0]
         in_order = bool((found[1:] > found[:-1]).all())
         kind = OrderedValues if in_order else ShuffledValues
-        return kind(self._parquet, self._columns, self._form)
+        return kind(_Source(self._parquet, self.where), self._columns, self._form)
+
+
+class _Source(NamedTuple):
+    """An open file, and how messages name it."""
+
+    parquet: pq.ParquetFile
+    where: str
 
 
 class LayerValues(Protocol):
@@ -103,10 +148,10 @@ class LayerValues(Protocol):
 class OrderedValues:
     """Values in the order of the layer: read once, a batch at a time, and passed on without a copy."""
 
-    def __init__(self, parquet: pq.ParquetFile, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
+    def __init__(self, source: _Source, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
         self._columns = columns
         self._form = form
-        self._batches = _batches(parquet, columns)
+        self._batches = _batches(source, columns)
         self._batch: pa.RecordBatch | None = None
         self._first = self._stop = 0
 
@@ -152,15 +197,11 @@ class OrderedValues:
 class ShuffledValues:
     """Values in any order: all vectors of a shard are laid out first, in memory or, if they are many, in a file."""
 
-    def __init__(self, parquet: pq.ParquetFile, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
+    def __init__(self, source: _Source, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
         self._columns = columns
         self._form = form
-        self._numbers = {
-            column.name: parquet.read([column.name], use_threads=False).column(column.name).combine_chunks()
-            for column in columns
-            if not column.shape
-        }
-        self._matrices = {column.name: _matrix(parquet, column) for column in columns if column.shape}
+        self._numbers = {column.name: _read(source, column.name) for column in columns if not column.shape}
+        self._matrices = {column.name: _matrix(source, column) for column in columns if column.shape}
 
     def take(self, places: np.ndarray) -> dict[str, pa.ChunkedArray]:
         """Return some rows by column; see `LayerValues`."""
@@ -185,18 +226,24 @@ def _numbers(values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
     return values.take(pa.array(indices, mask=~valid))
 
 
-def _batches(parquet: pq.ParquetFile, columns: Sequence[MergedColumn]) -> Iterator[pa.RecordBatch]:
+def _read(source: _Source, name: str) -> pa.Array:
+    with _named(source.where):
+        return source.parquet.read([name], use_threads=False).column(name).combine_chunks()
+
+
+def _batches(source: _Source, columns: Sequence[MergedColumn]) -> Iterator[pa.RecordBatch]:
     """Yield a file's rows a few at a time: decoding a whole column takes several times its size."""
     names = [column.name for column in columns]
     size = max(1, BATCH_BYTES // max(1, sum(bytes_of(column) for column in columns)))
-    for group in range(parquet.num_row_groups):
-        yield from parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+    for group in range(source.parquet.num_row_groups):
+        with _named(source.where):
+            yield from source.parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
 
 
-def _matrix(parquet: pq.ParquetFile, column: MergedColumn) -> np.ndarray:
+def _matrix(source: _Source, column: MergedColumn) -> np.ndarray:
     """Return all vectors of a file, (rows, dimensions): in memory, or mapped from a file without a name."""
-    dtype, shape = np.dtype(column.dtype), (parquet.metadata.num_rows, column.dimensions)
-    parts = (as_matrix(it.column(0), column.name, column.dimensions) for it in _batches(parquet, [column]))
+    dtype, shape = np.dtype(column.dtype), (source.parquet.metadata.num_rows, column.dimensions)
+    parts = (as_matrix(it.column(0), column.name, column.dimensions) for it in _batches(source, [column]))
     if bytes_of(column) * shape[0] > HELD_BYTES:
         with tempfile.TemporaryFile() as file:
             for part in parts:

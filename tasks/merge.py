@@ -37,7 +37,7 @@ from tasks.dataset.metadata import (
     repeated_id,
 )
 from tasks.dataset.vectors import write_groups
-from tasks.layer_rows import LayerFile, column_type, group_rows, vector_columns
+from tasks.layer_rows import LayerFile, check_as_planned, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
@@ -135,10 +135,13 @@ def merge_shard(
     with contextlib.ExitStack() as stack:
         metadata = stack.enter_context(open_rows(shard, options.id_col))
         check_columns(metadata.schema, _where(shard), options.names)
+        for of_layer in records.values():
+            check_as_planned(shard, of_layer, options)
         layers = {name: stack.enter_context(LayerFile.open(shard, name, options)) for name in records}
         ids = canonical_ids(metadata.column(options.id_col))
         layer_ids = {name: layer.ids() for name, layer in layers.items()}
-        names = [name for name in metadata.schema.names if name not in options.names]
+        ours = {name for name, layer in columns_made(metadata.schema).items() if layer in options.layers}
+        names = [name for name in metadata.schema.names if name not in ours.union(options.names)]
         joined = Joined(metadata, names, ids, layers, layer_ids, join_ids(ids, layer_ids, join))
         left = _unmatched(shard, records, joined, options)
         record = _account(shard, records, options, joined, left)
@@ -186,7 +189,9 @@ def _schema(
     notes = {}
     if options.in_place:  # what the user noted in a file of their own stays
         notes = dict(given.metadata or {})
-        notes[ADDED] = json.dumps(sorted({*columns_made(given), *options.names})).encode()
+        kept = {name: layer for name, layer in columns_made(given).items() if name in joined.names}
+        new = {column.name: column.layer for column in options.columns}
+        notes[ADDED] = json.dumps(kept | new, sort_keys=True).encode()
     return with_record(schema.with_metadata({**notes, **footer(schema, describe(options, records))}), record)
 
 

@@ -18,6 +18,7 @@ from tasks.keys import layer_key, merge_key
 from tasks.merge_options import MergedColumn, MergeOptions
 from tasks.records import (
     PART,
+    Column,
     Footer,
     LayerRecord,
     MergeRecord,
@@ -25,6 +26,7 @@ from tasks.records import (
     intact,
     layer_record,
     merge_record,
+    quarantine_agrees,
     read_footers,
 )
 from tasks.shards import Shard
@@ -158,6 +160,7 @@ def make_plan(
     names = {file.name.partition("/")[0] for file in files}
     earlier = [_earlier_layer(shards, name, options.id_col, files) for name in names - {it.name for it in layers}]
     layers = sorted([*layers, *(layer for layer in earlier if layer is not None)], key=lambda layer: layer.name)
+    check_column_names(layers, recipes)
     if verify:
         layers = [_verified(shards, layer) for layer in layers]
     columns = merged_columns(layers)
@@ -183,7 +186,7 @@ def _asked_layer(
                 f"{shard.output}: layer {recipe.layer!r} was made by another model or setting (see manifest.json); "
                 "give another --image-embedding-column to add a layer, another --output, or --overwrite to replace it"
             )
-        if record.key == layer_key(shard, recipe.digest, id_col) and recipe.accepts(record.decoder):
+        if record.key == layer_key(shard, recipe.layer, recipe.digest, id_col) and recipe.accepts(record.decoder):
             found[shard.name] = record
     found = _only(shards, found, lambda shard: account_agrees(shard, found[shard.name]))
     return Layer(recipe.layer, recipe.digest, recipe.fingerprint, True, found)
@@ -196,8 +199,9 @@ def _earlier_layer(shards: Sequence[Shard], name: str, id_col: str, files: Seque
         return None
     recipe = Counter(record.recipe for record in records.values()).most_common(1)[0][0]
     made_of = next(record.made_of for record in records.values() if record.recipe == recipe)
-    keys = {shard.name: layer_key(shard, recipe, id_col) for shard in shards if shard.name in records}
+    keys = {shard.name: layer_key(shard, name, recipe, id_col) for shard in shards if shard.name in records}
     found = {shard: record for shard, record in records.items() if record.key == keys[shard]}
+    found = _only(shards, found, lambda shard: quarantine_agrees(shard, found[shard.name]))
     return Layer(name, recipe, made_of, False, found)
 
 
@@ -220,27 +224,42 @@ def _verified(shards: Sequence[Shard], layer: Layer) -> Layer:
     return replace(layer, records=found)
 
 
+def check_column_names(layers: Sequence[Layer], recipes: Sequence[Recipe] = ()) -> None:
+    """Refuse two layers with a column of one name.
+
+    Args:
+        layers: Of the output, with the columns that are there.
+        recipes: Of the layers that are asked for, with the columns that are still to be computed.
+
+    Raises:
+        InputError: There are such layers.
+    """
+    asked = {recipe.layer: recipe.columns for recipe in recipes}
+    owner: dict[str, str] = {}
+    for layer in layers:
+        there = (name for record in layer.records.values() for name in record.columns)
+        for name in dict.fromkeys([*asked.get(layer.name, ()), *there]):
+            if owner.setdefault(name, layer.name) != layer.name:
+                raise InputError(
+                    f"layers {owner[name]!r} and {layer.name!r} both have a column {name!r}; delete one of the two "
+                    "folders in layers/, or rename the column"
+                )
+
+
 def merged_columns(layers: Sequence[Layer]) -> list[MergedColumn]:
     """Return the columns that layers give to the merged dataset: numbers and vectors, one row per sample.
 
-    Raises:
-        InputError: Two layers have a column of one name.
+    A shard without any value says nothing of its columns, unless no other shard does.
     """
-    found: dict[str, MergedColumn] = {}
+    found: list[MergedColumn] = []
     for layer in layers:
-        for record in layer.records.values():
-            for name, column in record.columns.items():
-                if len(column.shape) > 1 or PART in record.columns:
-                    continue
-                known = found.get(name)
-                if known is not None and known.layer != layer.name:
-                    raise InputError(
-                        f"layers {known.layer!r} and {layer.name!r} both have a column {name!r}; delete one of the two "
-                        "folders in layers/, or rename the column"
-                    )
-                if known is None or column.shape > known.shape:
-                    found[name] = MergedColumn(name, layer.name, column.dtype, column.shape)
-    return list(found.values())
+        records = [record for record in layer.records.values() if record.embedded] or list(layer.records.values())
+        columns: dict[str, Column] = {}
+        for record in records:
+            if PART not in record.columns:
+                columns = {name: column for name, column in record.columns.items() if name not in columns} | columns
+        found += [MergedColumn(n, layer.name, c.dtype, c.shape) for n, c in columns.items() if len(c.shape) < 2]
+    return found
 
 
 def _merged(plan: Plan, verify: bool) -> dict[str, MergeRecord]:
@@ -288,7 +307,7 @@ def plan_in_one_schema(
             name of a layer's column.
     """
     plan = make_plan(shards, recipes, options, **how)
-    names = tuple(dict.fromkeys([*plan.options.names, *(recipe.layer for recipe in recipes)]))
+    names = tuple(dict.fromkeys([*plan.options.names, *(name for recipe in recipes for name in recipe.columns)]))
     schema = None if options.in_place else held(names)
     if schema is not None:
         plan = replace(plan, options=replace(plan.options, schema=schema))

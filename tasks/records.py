@@ -177,10 +177,15 @@ PART = "part"
 """The column that numbers the rows of a sample, in layers that have several."""
 
 
-def account_agrees(shard: Shard, record: LayerRecord) -> bool:
-    """Whether the quarantine and the index beside a layer file say as many samples as its record."""
+def quarantine_agrees(shard: Shard, record: LayerRecord) -> bool:
+    """Return whether the quarantine beside a layer file has as many rows as its record says."""
     quarantined = sum(record.quarantined.values())
-    if quarantined and _count_rows(shard.target, shard.quarantine_file(record.layer)) != quarantined:
+    return not quarantined or _count_rows(shard.target, shard.quarantine_file(record.layer)) == quarantined
+
+
+def account_agrees(shard: Shard, record: LayerRecord) -> bool:
+    """Return whether the quarantine and the index beside a layer file say as many samples as its record."""
+    if not quarantine_agrees(shard, record):
         return False
     samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint, shard.key_dot)
     return samples is None or samples == record.samples

@@ -51,7 +51,7 @@ class Nothing(ImageEmbedder):
 
 def recipe_named(digest: str, layer: str = LAYER) -> Recipe:
     """A recipe with a digest of the test's choice."""
-    return Recipe(layer, Nothing(image_embedding_column=layer), {"embedder": digest}, digest, digest)
+    return Recipe(layer, Nothing(image_embedding_column=layer), {"embedder": digest}, digest, digest, (layer,))
 
 
 def embed_all(shards: Sequence[Shard], embedder: ImageEmbedder, **options: Any) -> list[LayerRecord]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = b"embeddings"
 """The key under which a footer describes the layers' columns, as JSON."""
 ADDED = b"shard_embed_columns"
-"""The key under which the footer of a user's own file names every column that was added to it, as JSON."""
+"""The key under which the footer of a user's own file has every column that was added to it and its layer, as JSON."""
 HUGGINGFACE = b"huggingface"
 
 
@@ -39,7 +39,15 @@ def _described(column: MergedColumn, options: MergeOptions, record: LayerRecord 
         made = {"decoder": record.decoder, "versions": record.versions}
         made |= {"precision": record.computed} if record.computed else {}
     form = options.form.as_dict() if column.shape else {}
-    return {"column": column.name, "dimensions": column.dimensions, **form, **known, "embedder": other, **made}
+    return {
+        "column": column.name,
+        "layer": column.layer,
+        "dimensions": column.dimensions,
+        **form,
+        **known,
+        "embedder": other,
+        **made,
+    }
 
 
 def footer(schema: pa.Schema, description: Sequence[Mapping[str, Any]]) -> dict[bytes, bytes]:
@@ -52,14 +60,17 @@ def footer(schema: pa.Schema, description: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
-def columns_made(schema: pa.Schema) -> set[str]:
-    """Return the columns of a file that this program wrote, by the file's footer."""
+def columns_made(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns of a file that this program wrote, by the file's footer; and the layer of each.
+
+    Columns of earlier runs that a user's own file has kept are among them.
+    """
     notes = schema.metadata or {}
     try:
-        described, added = json.loads(notes.get(DESCRIPTION, b"[]")), json.loads(notes.get(ADDED, b"[]"))
-        return {*(str(column["column"]) for column in described), *map(str, added)}
-    except (ValueError, KeyError, TypeError):  # somebody else's notes under these names
-        return set()
+        described, added = json.loads(notes.get(DESCRIPTION, b"[]")), json.loads(notes.get(ADDED, b"{}"))
+        return {str(it["column"]): str(it["layer"]) for it in described} | {str(k): str(v) for k, v in added.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's notes under these names
+        return {}
 
 
 def feature(kind: pa.DataType) -> dict[str, Any] | None:

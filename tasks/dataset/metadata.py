@@ -269,7 +269,7 @@ def check_columns(schema: pa.Schema, where: str, columns: Collection[str]) -> No
     for name, count in Counter(schema.names).items():
         if count > 1:
             raise InputError(f"{where}: {count} columns are called {name!r}; rename all but one")
-    for name in sorted(set(columns).intersection(schema.names) - columns_made(schema)):
+    for name in sorted(set(columns).intersection(schema.names).difference(columns_made(schema))):
         raise InputError(
             f"{where}: has a column {name!r} that shard-embed did not write, and would replace; "
             "give another --image-embedding-column, or rename it"

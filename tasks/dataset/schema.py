@@ -35,7 +35,7 @@ def held_schema(output: str, columns: Collection[str]) -> pa.Schema | None:
     schema = read_schema(output)
     if schema is None or UNIFIED not in (schema.metadata or {}):
         return None
-    columns = columns_made(schema) | set(columns)
+    columns = {*columns_made(schema), *columns}
     return pa.schema([field for field in schema if field.name not in columns])
 
 

@@ -68,6 +68,8 @@ class _Task:
         with self._changed:
             while self._bytes >= RESULT_BYTES and not self.left:
                 self._changed.wait(0.1)
+            if self.left:  # nobody takes it
+                return
             self._results.append(result)
             self._bytes += _bytes_of(result)
             self._changed.notify_all()

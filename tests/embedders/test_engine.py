@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from embedders.base import ImageEmbedder
+from embedders.engine import Engine, Rows
 from embedders.errors import InputError
 from embedders.webdataset import OpenShard, open_shard
 from tests.layers import Embedded, run_engine
@@ -248,3 +249,42 @@ def test_an_image_that_a_model_has_no_memory_for_says_so(abc: OpenShard) -> None
 
     with pytest.raises(MemoryError, match="more memory for a single image than there is"):
         embed(Told([(torch.zeros(3, 2), ["a", "b", "c"])], none_fits), abc)
+
+
+class Several(Told):
+    """Gives what it is told beside its vectors, batch after batch of one image."""
+
+    extra_columns = ("score",)
+
+    def __init__(self, *batches: dict[str, np.ndarray]) -> None:
+        given = iter(batches)
+        vectors = {"image_embedding": np.zeros((1, 2))}
+        super().__init__([(None, [key]) for key in "abc"], lambda images: vectors | next(given))
+
+
+ONE = np.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("batches", "line"),
+    [
+        ([{}], "the model gave a mapping without 'score'; it has image_embedding"),
+        ([{"score": ONE, "id": ONE}], "the model gave 'id' too; name it in the embedder's extra_columns"),
+        ([{"score": ONE}, {}], "the model gave a mapping without 'score'"),
+        ([{"score": ONE}, {"score": np.zeros(1, np.int64)}], "the model gave int64 for 'score' after float64"),
+        ([{"score": ONE}, {"score": np.zeros((1, 2))}], r"shape \(2,\) for 'score' after \(\)"),
+        ([{"score": ONE, "image_embedding": ONE}], "the model gave 'image_embedding' as an array of shape"),
+    ],
+)
+def test_columns_are_those_that_were_named_and_stay_as_they_are(
+    abc: OpenShard, batches: list[dict[str, np.ndarray]], line: str
+) -> None:
+    with pytest.raises(ValueError, match=line):
+        embed(Several(*batches, *batches, *batches), abc)
+
+
+def test_numbers_beside_the_vectors_keep_their_type(abc: OpenShard) -> None:
+    numbers = [2.0**53 + i for i in (0, 2, 4)]
+    engine = Engine([Several(*({"score": np.array([number])} for number in numbers)).open("cpu")])
+    rows = [found for found in engine.embed([abc]) if isinstance(found, Rows)]
+    assert [value for found in rows for value in found.columns["score"].tolist()] == numbers

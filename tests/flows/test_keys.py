@@ -59,7 +59,7 @@ def keys(data: Path, fingerprint: str = "stat", made: ImageEmbedder | None = Non
     config = EmbedConfig(dataset=str(data), output="/out", **given | options)
     embedder = made or config.build_embedders()[0]
     shard = shard_of(data, fingerprint, config.key_dot)
-    embedding = layer_key(shard, digest(embedder.fingerprint()), config.id_col)
+    embedding = layer_key(shard, "image_embedding", digest(embedder.fingerprint()), config.id_col)
     column = MergedColumn(embedder.image_embedding_column, embedder.image_embedding_column, "float32", (8,))
     joined = replace(config.merge_options(), columns=(column,))
     return embedding, merge_key(shard, {column.layer: embedding}, joined.as_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +40,7 @@ def record(samples: int, bad: int, columns: dict[str, Column]) -> LayerRecord:
     ("shape", "dtype"), [((), np.float32), ((3,), np.float32), ((3,), np.uint8), ((2, 3), np.float32), ((), np.bool_)]
 )
 def test_what_was_added_is_read_back(shard: Shard, shape: tuple[int, ...], dtype: type) -> None:
-    values = np.random.default_rng(0).integers(0, 2, (5000, *shape)).astype(dtype)
+    values: Any = np.random.default_rng(0).integers(0, 2, (5000, *shape)).astype(dtype)
     with LayerWriter(shard, "x") as writer:
         for start in range(0, 5000, 999):
             samples = np.arange(start, min(start + 999, 5000))

@@ -30,10 +30,10 @@ from tasks.keys import layer_key
 from tasks.layers import LayerWriter
 from tasks.merge import merge_group, merge_shard
 from tasks.merge_options import MergeOptions
-from tasks.plan import Layer, merged_columns
+from tasks.plan import Layer, check_column_names, merged_columns
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
 from tasks.retries import ShardsFailed
-from tasks.shards import Shard
+from tasks.shards import Shard, find_shards
 
 from .conftest import MakeShard
 
@@ -74,7 +74,7 @@ def embedded(
         writer.flush()
         reasons = dict(Counter(sample.reason for sample in gone))
         made = writer.columns or {layer: Column("float32", (0,))}
-        key = layer_key(shard, "e", id_col)
+        key = layer_key(shard, layer, "e", id_col)
         record = LayerRecord(key, layer, "e", len(ids), len(kept), reasons, writer.rows, made)
         writer.finish(record, gone)
     return shard
@@ -213,7 +213,7 @@ def test_a_shard_without_any_embedding_merges(client: Client, make_shard: MakeSh
 
 
 def test_an_older_embedding_column_of_ours_is_replaced(client: Client, make_shard: MakeShard) -> None:
-    made = footer(pa.schema([]), [{"column": COLUMN}])
+    made = footer(pa.schema([]), [{"column": COLUMN, "layer": COLUMN}])
     table = pa.table({"key": ["a"], "image_embedding": [[9.0]], "n": [1]}).replace_schema_metadata(made)
     shard = embedded(make_shard(metadata=table))
     merge(client, shard)
@@ -547,7 +547,7 @@ def test_layers_with_one_column_name_are_refused(make_shard: MakeShard) -> None:
     shard = embedded(make_shard(metadata={"key": ["a"]}))
     embedded(shard, layer="other", columns={COLUMN: np.zeros((3, 2), np.float32)})
     with pytest.raises(InputError, match="layers 'image_embedding' and 'other' both have a column 'image_embedding'"):
-        merged_columns(layers_of(shard))
+        check_column_names(layers_of(shard))
 
 
 def test_tensors_and_several_rows_per_sample_stay_in_their_layer(client: Client, make_shard: MakeShard) -> None:
@@ -555,7 +555,7 @@ def test_tensors_and_several_rows_per_sample_stay_in_their_layer(client: Client,
     embedded(shard, layer="tokens", without=("c",), columns={"tokens": np.zeros((3, 2, 2), np.float32)})
     frames = pa.table({"id": list("aabc"), "part": [0, 1, 0, 0], "frames": [0.5, 1.5, 2.5, 3.5]})
     columns = {"part": Column("int64", ()), "frames": Column("float64", ())}
-    record = LayerRecord(layer_key(shard, "e", "key"), "frames", "e", 3, 3, {}, 4, columns)
+    record = LayerRecord(layer_key(shard, "frames", "e", "key"), "frames", "e", 3, 3, {}, 4, columns)
     frames = frames.cast(with_record(frames.schema, record))
     shard.target.write(shard.layer_file("frames"), lambda path: pq.write_table(frames, path))
     (record_of_merge,) = merge(client, shard)
@@ -609,3 +609,59 @@ def test_gaps_on_either_side_of_the_layers_order(
     assert [key for key, vector in found.items() if vector is not None] == there
     assert list(found) == (rows if null_rows else there)
     assert all(vector == [int(key), 0.5] for key, vector in found.items() if vector is not None)
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((3, 2, 2), np.float32), np.array([0.5, 1.5, 2.5])], ids=["tensors", "numbers"]
+)
+def test_a_shard_without_any_value_stops_no_other(client: Client, make_shard: MakeShard, values: np.ndarray) -> None:
+    names = ("0", "1", "2")
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b", "c"]})) for name in names]
+    for shard, without in zip(shards, (("a", "b", "c"), (), ("b",)), strict=True):
+        embedded(shard, layer="x", without=without, columns={"x": values})
+    assert [record.rows for record in merge(client, *shards)] == [3, 3, 3]
+    if values.ndim == 1:
+        assert merged(shards[0])["x"].to_pylist() == [None] * 3
+        assert merged(shards[2])["x"].to_pylist() == [0.5, None, 2.5]
+    else:
+        assert merged(shards[1]).column_names == ["key", COLUMN]
+
+
+def test_a_shard_whose_column_is_of_another_type_fails_by_name(client: Client, make_shard: MakeShard) -> None:
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b", "c"]})) for name in ("0", "1")]
+    embedded(shards[0], layer="x", columns={"x": np.array([1, 2, 3])})
+    embedded(shards[1], layer="x", columns={"x": np.array([0.5, 1.5, 2.5])})
+    with pytest.raises(ShardsFailed) as caught:
+        merge(client, *shards)
+    (failure,) = caught.value.failures
+    assert failure.error.startswith(
+        "layers/x/1.parquet: column 'x' has float64 of shape (), and in another shard int64"
+    )
+    assert not failure.transient
+
+
+def test_a_damaged_layer_fails_by_the_name_of_its_file(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
+    embedded(shard, layer="x", columns={"x": np.arange(3.0)})
+    path = Path(shard.target.path(shard.layer_file("x")))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(3.0).tobytes()[8:])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ShardsFailed, match=r"layers/x/00000\.parquet: damaged .*delete it, and run the command that"):
+        merge(client, shard)
+
+
+def test_in_place_columns_of_a_layer_that_has_them_no_more_go(client: Client, make_shard: MakeShard) -> None:
+    shard = scored(embedded(make_shard(metadata={"key": ["a", "b", "c"]})))
+    merge(client, shard, in_place=True)
+    in_place = Path(shard.source.path(f"{shard.name}.parquet"))
+    assert pq.read_schema(in_place).names == ["key", COLUMN, "score", "boxes", "nice"]
+    (shard,) = find_shards(shard.dataset, shard.output)
+    embedded(shard, layer="scores", columns={"score": np.array([7.0, 8.0, 9.0])})
+    merge(client, shard, in_place=True)
+    assert pq.read_table(in_place).to_pydict()["score"] == [7.0, 8.0, 9.0]
+    assert pq.read_schema(in_place).names == ["key", COLUMN, "score"]
+    (shard,) = find_shards(shard.dataset, shard.output)
+    drop_layer(shard, "scores")  # what it had may be wanted: the file is the user's own
+    merge(client, shard, in_place=True)
+    assert pq.read_schema(in_place).names == ["key", "score", COLUMN]

@@ -31,7 +31,7 @@ def shards(tmp_path: Path) -> list[Shard]:
     made = [Shard(f"a/{n}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(3)]
     for shard in made:
         bad = {"empty": 1} if shard is made[2] else {}
-        record = layer_record(2, bad, key=layer_key(shard, "e", "key"), recipe="e")
+        record = layer_record(2, bad, key=layer_key(shard, "image_embedding", "e", "key"), recipe="e")
         write(shard, shard.layer_file(LAYER), record)
         write(
             shard, shard.merged_file, MergeRecord(merge_key(shard, {LAYER: record.version}, MERGED.as_dict()), 2, 0, 0)
@@ -112,7 +112,7 @@ def test_groups_hold_every_shard_once(count: int, workers: int) -> None:
 def test_ten_thousand_finished_shards_are_found_done_in_seconds(tmp_path: Path) -> None:
     shards = [Shard(f"{n:05}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(10_000)]
     for shard in shards:
-        record = layer_record(2, {"empty": 1}, key=layer_key(shard, "e", "key"), recipe="e")
+        record = layer_record(2, {"empty": 1}, key=layer_key(shard, "image_embedding", "e", "key"), recipe="e")
         write(shard, shard.layer_file(LAYER), record)
         write(
             shard, shard.merged_file, MergeRecord(merge_key(shard, {LAYER: record.version}, MERGED.as_dict()), 2, 0, 0)

@@ -37,17 +37,18 @@ def write(folder: Path, record: LayerRecord | MergeRecord, rows: int = 2) -> Fol
 @pytest.mark.parametrize("change", [{"tar_fingerprint": "10-1.6"}, {"recipe": "f"}, {"id_col": "id"}])
 def test_the_embedding_key_follows_tar_embedder_and_id_column(change: dict[str, str]) -> None:
     shard = replace(SHARD, tar_fingerprint=change.get("tar_fingerprint", SHARD.tar_fingerprint))
-    before = layer_key(SHARD, "e", "key")
-    assert layer_key(shard, change.get("recipe", "e"), change.get("id_col", "key")) != before
+    before = layer_key(SHARD, "image_embedding", "e", "key")
+    assert layer_key(shard, "image_embedding", change.get("recipe", "e"), change.get("id_col", "key")) != before
 
 
 def test_two_tars_of_one_size_and_time_have_keys_of_their_own() -> None:
-    assert layer_key(replace(SHARD, name="b"), "e", "key") != layer_key(SHARD, "e", "key")
+    of_b = layer_key(replace(SHARD, name="b"), "image_embedding", "e", "key")
+    assert of_b != layer_key(SHARD, "image_embedding", "e", "key") != layer_key(SHARD, "vectors", "e", "key")
 
 
 def test_the_embedding_key_ignores_places_and_metadata() -> None:
     other = replace(SHARD, dataset="s3://moved", output="/else", metadata_fingerprint="changed")
-    assert layer_key(other, "e", "key") == layer_key(SHARD, "e", "key")
+    assert layer_key(other, "image_embedding", "e", "key") == layer_key(SHARD, "image_embedding", "e", "key")
 
 
 def test_the_merge_key_follows_metadata_embeddings_and_options() -> None:

@@ -152,7 +152,9 @@ def test_columns_that_would_be_lost_are_refused(make_shard: MakeShard, names: li
         plan_in_one_schema([shard], [recipe_named("e")], in_place, lambda columns: None)
 
 
-@pytest.mark.parametrize("notes", [{"embeddings": '[{"column": "v"}]'}, {"shard_embed_columns": '["w", "v"]'}])
+@pytest.mark.parametrize(
+    "notes", [{"embeddings": '[{"column": "v", "layer": "v"}]'}, {"shard_embed_columns": '{"w": "w", "v": "w"}'}]
+)
 def test_a_column_of_ours_is_known_by_the_footer(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
     assert unified_schema([shard], "key", ["v"]).names == ["key"]

@@ -64,7 +64,8 @@ def paths(make_shard: MakeShard) -> list[str]:
 
 def named(embedder: ImageEmbedder, name: str) -> tuple[Recipe, ...]:
     """The recipe of an embedder, under a fingerprint of the test's choice."""
-    return (Recipe(embedder.image_embedding_column, embedder, {"embedder": name}, name, name),)
+    column = embedder.image_embedding_column
+    return (Recipe(column, embedder, {"embedder": name}, name, name, (column,)),)
 
 
 def ids(paths: Iterable[str], embedder: ImageEmbedder, name: str = "sizes") -> list[list[str]]:
