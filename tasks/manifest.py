@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from embedders.errors import InputError
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import MISMATCH_WARNED
-from tasks.plan import Layer, Plan
+from tasks.plan import Layer, Plan, columns_of
 from tasks.relocation import as_stored, find_places
 from tasks.retries import ShardFailure
 from tasks.storage.arrow_file import arrow_file
@@ -226,9 +226,7 @@ def layer_account(layer: Layer) -> LayerAccount:
     records = list(layer.records.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     columns = {
-        name: {"dtype": column.dtype, "shape": list(column.shape)}
-        for record in records
-        for name, column in record.columns.items()
+        name: {"dtype": column.dtype, "shape": list(column.shape)} for name, column in columns_of(records).items()
     }
     return LayerAccount(
         shards=len(records),

@@ -246,19 +246,25 @@ def check_column_names(layers: Sequence[Layer], recipes: Sequence[Recipe] = ()) 
                 )
 
 
-def merged_columns(layers: Sequence[Layer]) -> list[MergedColumn]:
-    """Return the columns that layers give to the merged dataset: numbers and vectors, one row per sample.
+def columns_of(records: Collection[LayerRecord]) -> dict[str, Column]:
+    """Return the columns of a layer, by the records of its shards.
 
     A shard without any value says nothing of its columns, unless no other shard does.
     """
+    found: dict[str, Column] = {}
+    for record in [record for record in records if record.embedded] or records:
+        for name, column in record.columns.items():
+            found.setdefault(name, column)
+    return found
+
+
+def merged_columns(layers: Sequence[Layer]) -> list[MergedColumn]:
+    """Return the columns that layers give to the merged dataset: numbers and vectors, one row per sample."""
     found: list[MergedColumn] = []
     for layer in layers:
-        records = [record for record in layer.records.values() if record.embedded] or list(layer.records.values())
-        columns: dict[str, Column] = {}
-        for record in records:
-            if PART not in record.columns:
-                columns = {name: column for name, column in record.columns.items() if name not in columns} | columns
-        found += [MergedColumn(n, layer.name, c.dtype, c.shape) for n, c in columns.items() if len(c.shape) < 2]
+        columns = columns_of(layer.records.values())
+        if PART not in columns:
+            found += [MergedColumn(n, layer.name, c.dtype, c.shape) for n, c in columns.items() if len(c.shape) < 2]
     return found
 
 

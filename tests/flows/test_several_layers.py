@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from distributed import LocalCluster
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.errors import InputError
@@ -33,9 +37,19 @@ def timm(name: str, column: str, **parameters: Any) -> TimmImageEmbedder:
     return TimmImageEmbedder(name, pretrained=False, image_embedding_column=column, **parameters)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[str]:
+    """One Dask cluster for all runs of this file, which saves each the start of its own; its address."""
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as started:
+        os.environ["SEVERAL_LAYERS_SCHEDULER"] = started.scheduler_address
+        yield started.scheduler_address
+        del os.environ["SEVERAL_LAYERS_SCHEDULER"]
+
+
 def embed(folder: Path, *embedders: ImageEmbedder, **parameters: Any) -> Manifest:
     dataset, output = str(folder / "data"), str(folder / "out")
-    return embed_dataset(dataset, output, embedders, workers=1, device="cpu", **parameters)
+    scheduler = os.environ["SEVERAL_LAYERS_SCHEDULER"]
+    return embed_dataset(dataset, output, embedders, scheduler=scheduler, **parameters)
 
 
 def written(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
@@ -183,11 +197,11 @@ def test_models_that_cannot_share_go_one_after_the_other(copied: Path, capsys: p
 @pytest.mark.parametrize(
     ("embedders", "line"),
     [
-        ([timm(VIT, "v"), timm(EFFICIENT, "v")], "two layers would be called 'v'"),
-        ([timm(VIT, "v", output_tokens=True), timm(EFFICIENT, "v_tokens")], "two layers would be called 'v_tokens'"),
+        ([timm(VIT, "v"), timm(EFFICIENT, "v")], "two columns would be called 'v'"),
+        ([timm(VIT, "v", output_tokens=True), timm(EFFICIENT, "v_tokens")], "two columns would be called 'v_tokens'"),
         ([timm(VIT, "caption")], "has a column 'caption' that shard-embed did not write"),
-        ([timm(VIT, "key")], "a layer cannot be called 'key': another column is"),
-        ([timm(VIT, "part")], "a layer cannot be called 'part': another column is"),
+        ([timm(VIT, "key")], "a column cannot be called 'key': another one is"),
+        ([timm(VIT, "part")], "a column cannot be called 'part': another one is"),
         ([timm(EFFICIENT, "b_vit")], "layer 'b_vit' was made by another model or setting"),
     ],
 )
@@ -219,6 +233,69 @@ class Colour(ImageEmbedder):
             "bright": images.mean(axis=1) > 0,
             "rows": np.zeros((len(images), 2, 3), np.int16),
         }
+
+
+def test_an_empty_tar_among_tokens_stops_nothing(copied: Path) -> None:
+    (copied / "data/00002.tar").write_bytes(bytes(1024))
+    (copied / "data/00002.parquet").unlink(missing_ok=True)
+    manifest = embed(copied, timm(VIT, "b_vit", output_tokens=True))
+    assert (manifest.shards, manifest.shards_failed, manifest.rows) == (3, 0, 16)
+    assert manifest.layers["b_vit_tokens"].columns["b_vit_tokens"]["shape"][1:] == [64]
+
+
+def test_a_layer_whose_quarantine_is_gone_is_null_and_said_to_be_missing(copied: Path) -> None:
+    first = copied / "data/00000.tar"
+    first.write_bytes(first.read_bytes().replace(b"JFIF", b"JFI\0", 1)[:-1024] + bytes(1024))
+    with tarfile.open(first, "a") as tar:
+        member = tarfile.TarInfo("bad.jpg")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"bad"))
+    both = timm(VIT, "b_vit"), timm(EFFICIENT, "a_efficient")
+    manifest = embed(copied, *both)
+    assert manifest.layers["a_efficient"].quarantined_by_reason == {"not_an_image": 1}
+    (copied / "out/quarantine/a_efficient/00000.parquet").unlink()
+    manifest = embed(copied, both[0])
+    assert manifest.shards_failed == 0
+    assert [
+        line for line in manifest.warnings if "layer a_efficient is missing or older than its tar in 1 shard" in line
+    ]
+    table = pq.read_table(copied / "out/metadata/00000.parquet")
+    assert table["a_efficient"].null_count == len(table)
+    again = embed(copied, *both)
+    assert again.layers["a_efficient"].quarantined == 1
+    assert pq.read_table(copied / "out/metadata/00000.parquet")["a_efficient"].null_count == 0
+
+
+def test_a_renamed_layer_is_made_again_under_its_new_name(copied: Path) -> None:
+    (copied / "out/layers/a_efficient").rename(copied / "out/layers/c")
+    manifest = embed(copied, timm(EFFICIENT, "c"))
+    assert manifest.layers["c"].embedded == 16
+    assert manifest.shards_cached == 0
+
+
+def test_columns_of_one_name_in_two_layers_are_refused_before_any_work(copied: Path) -> None:
+    embed(copied, Colour())
+    before = written(copied, "**/*.parquet")
+    other = Colour(image_embedding_column="more")
+    with pytest.raises(InputError, match="layers 'image_embedding' and 'more' both have a column 'brightness'"):
+        embed(copied, other)
+    with pytest.raises(InputError, match="two columns would be called 'brightness'"):
+        embed(copied, Colour(), other)
+    with pytest.raises(InputError, match="has a column 'caption' that shard-embed did not write"):
+        embed(copied, Captions(image_embedding_column="captioned"))
+    assert written(copied, "**/*.parquet") == before
+
+
+class Captions(ImageEmbedder):
+    """Would give a column that the user has."""
+
+    extra_columns = ("caption",)
+
+    def load_dataset_shard(self, tar_path: str) -> Any:
+        raise AssertionError("it is refused before")
+
+    def load_embedding_model(self, device: str) -> Any:
+        raise AssertionError("it is refused before")
 
 
 def test_a_mapping_of_arrays_becomes_columns_of_one_layer(copied: Path) -> None:
