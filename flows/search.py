@@ -105,8 +105,7 @@ def search(
         query, wanted, shown = find_vector(folder, manifest.column, id), None, None
     found = nearest(folder, manifest.column, query, count, wanted)
     rows = read_rows([Folder(manifest.metadata), Folder(folder.place("merged"))], found, manifest.id_col)
-    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, output, manifest.column, component, limit)
+    pictures = _pictures(manifest)
     places = [one.place for one in found]
     lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
     show(lines)
@@ -116,6 +115,12 @@ def search(
     if pictures.missing:
         print(f"warning: {pictures.missing}", file=sys.stderr)
     return found
+
+
+def _pictures(manifest: Manifest) -> Pictures:
+    """Return what reads the images that the vectors of a manifest's layer were made from."""
+    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
+    return Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
 
 
 def write_sheet(output: Folder, sheet: str | None, page: str) -> str:

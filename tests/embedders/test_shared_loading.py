@@ -286,4 +286,5 @@ def test_on_a_gpu_models_agree_on_a_batch_size(shards: list[OpenShard], decode: 
         assert rejected == refused
         assert found.keys() == expected.keys()
         for row, image in found.items():
-            assert (image - expected[row]).abs().max() < (0.1 if decode == "fast" else 1e-2)
+            # With "auto" the two may have chosen otherwise, by what they measured.
+            assert (image - expected[row]).abs().max() < (1e-2 if decode == "exact" else 0.1)
