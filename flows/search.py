@@ -95,8 +95,7 @@ def search(
         raise InputError("give either --image FILE or --id ID")
     if count < 1:
         raise InputError(f"--count: give at least 1, not {count}")
-    folder = Folder(output)
-    manifest = read_manifest(output, dataset, layer)
+    folder, manifest = Folder(output), read_manifest(output, dataset, layer)
     if image is not None:
         shown = data_url(read_photograph(image), SIDE)
         query, wanted = embed_query(image, manifest, checkpoint, embedder), digest(manifest.embedder)
@@ -109,8 +108,7 @@ def search(
     places = [one.place for one in found]
     lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
     show(lines)
-    urls = pictures.of(places, SIDE)
-    page = contact_sheet(str(image or id), shown, lines, [urls.get(place) for place in places])
+    page = contact_sheet(str(image or id), shown, lines, list(map(pictures.of(places, SIDE).get, places)))
     print(f"pictures: {write_sheet(folder, sheet, page)}", file=sys.stderr)
     if pictures.missing:
         print(f"warning: {pictures.missing}", file=sys.stderr)

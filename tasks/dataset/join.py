@@ -29,9 +29,9 @@ Backend = Literal["cudf", "pandas"]
 CUDF_ROWS = 1_000_000
 """Rows of a shard from which on "auto" joins on cuDF, on a worker that has it and a GPU.
 
-From `python -m benchmarks.merge --part join` on an H100 machine, for ids in another order: 100,000 take Arrow 0.03 s and
-cuDF 0.06 s, 1,000,000 take 0.85 s and 0.08 s, 10,000,000 take 10 s and 0.4 s. The first job of a worker takes 9 s more, to
-import cuDF and to start it, which twelve shards of a million rows pay for.
+From `python -m benchmarks.merge --part join` on an H100 machine, for ids in another order: 100,000 take Arrow 0.03 s
+and cuDF 0.06 s, 1,000,000 take 0.85 s and 0.08 s, 10,000,000 take 10 s and 0.4 s. The first job of a worker takes 9 s
+more, to import cuDF and to start it, which twelve shards of a million rows pay for.
 """
 
 ID, ROW, PLACE = "id", "row", "place"
