@@ -1,1 +1,1 @@
-"""The ceilings and the peers, side by side in one run, and the check of what only a GPU can show."""
+"""Benchmarks beside their upper limits and other programs, and checks that need a GPU."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, `make bench`: `benchmarks.throughput`, without arguments in a size that fits the machine."""
+"""`python -m benchmarks`, `make bench`: run `benchmarks.throughput`, by default in a size that suits the machine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.throughput import main
-from tasks.cluster import count_gpus
+from tasks.hardware import count_gpus
 
 ON_A_GPU = ("--no-pretrained",)
 ON_A_CPU = ("--no-pretrained", "--model", "tf_efficientnet_lite0", "--shards", "2", "--samples", "256")
-"""Minutes instead of hours, and nothing from a model hub."""
+"""Takes minutes instead of hours, and nothing from a model hub."""
 
 
 def sized(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments, or those for this machine where there are none."""
+    """Return the arguments, or those that suit this machine if there are none."""
     return arguments or (ON_A_GPU if count_gpus() else ON_A_CPU)
 
 

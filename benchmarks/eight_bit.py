@@ -1,4 +1,4 @@
-"""Linear layers of ViT-L/14 in eight bits: images a second of the compiled model, and the cosine of its vectors.
+"""Measure linear layers of ViT-L/14 in eight bits: images per second of the compiled model, cosine of its vectors.
 
     python -m benchmarks.eight_bit float16 float8 float8_fixed int8      # an H100; int8 takes two minutes to compile
 
@@ -23,11 +23,11 @@ MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 BATCH = 256
 SECONDS = 3
 REACH = 8.0
-"""What `float8_fixed` takes for the largest activation: true of random weights, not of trained ones."""
+"""The largest activation that `float8_fixed` assumes; true of random weights, not of trained ones."""
 
 
 class Float8Fixed(nn.Module):
-    """float8 with one scale a layer for weights, and one for activations that is not worked out."""
+    """A linear layer in float8 with one scale for the weights, and a fixed one for the activations."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Float8Fixed(nn.Module):
 
 
 class Int8(nn.Module):
-    """int8 with a scale a row for weights and a token for activations."""
+    """A linear layer in int8 with one scale per row of the weights and one per token of the activations."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ VARIANTS: dict[str, tuple[type[nn.Module] | None, dict[str, Any]]] = {
 
 
 def replace_layers(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Put a `kind` in place of each large linear layer of the blocks."""
+    """Replace each large linear layer of the blocks by a `kind`."""
     for name, layer in list(model.named_modules()):
         if name.startswith("blocks.") and type(layer) is nn.Linear and min(layer.weight.shape) >= SMALLEST_SIDE:
             model.set_submodule(name, kind(layer))
 
 
 def measure(plain: nn.Module, images: torch.Tensor, expected: torch.Tensor, variant: str) -> str:
-    """One line about a variant."""
+    """Measure a variant and return one line about it."""
     kind, options = VARIANTS[variant]
     model = copy.deepcopy(plain).half()
     if kind is not None:
@@ -109,7 +109,7 @@ def measure(plain: nn.Module, images: torch.Tensor, expected: torch.Tensor, vari
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure the variants named."""
+    """Measure the variants that the command line names, and print a line about each."""
     import timm
 
     torch.manual_seed(0)

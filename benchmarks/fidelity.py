@@ -1,4 +1,4 @@
-"""How close each way of loading comes to timm's own vectors, on photographs, with the same model.
+"""Measure how close each way of loading comes to timm's own vectors, on photographs, with the same model.
 
     python -m benchmarks.fidelity [--dataset FOLDER] [--checkpoint FILE] [--model NAME …] [--json FILE]
 
@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from embedders import TimmImageEmbedder
-from embedders.dali import DaliLoader, Decode
-from embedders.loader import Encoded, Loader
+from embedders.dali_loader import DaliLoader
+from embedders.dali_operators import Decode
+from embedders.loader import Encoded, Loader, ModelInput
 from embedders.preprocess import Preprocessing
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 from embedders.webdataset import open_shard
 
 TRAINED = "tf_efficientnet_lite0"
@@ -41,7 +42,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One way of loading against timm. `pixels` is the mean absolute difference in levels of 255."""
+    """One way of loading compared with timm. `pixels` is the mean absolute difference in levels of 255."""
 
     model: str
     loader: str
@@ -54,7 +55,7 @@ class Fidelity:
 
 
 def photographs(dataset: Path) -> list[np.ndarray]:
-    """Every image of a WebDataset folder that Pillow can read to its end, as encoded bytes."""
+    """Return every image of a WebDataset folder that Pillow can read completely, as encoded bytes."""
     found = []
     for tar in sorted(dataset.glob("*.tar")):
         shard = open_shard(tar)
@@ -71,38 +72,46 @@ def photographs(dataset: Path) -> list[np.ndarray]:
 
 
 def ways(embedder: TimmImageEmbedder, device: str) -> Iterator[tuple[str, torch.dtype, Callable[[], Loader]]]:
-    """Each loader to compare: its name, the model's dtype, and how it is made."""
-    preprocessing, transform = embedder.preprocessing, embedder.preprocessing.transform()
-    common: dict[str, Any] = {"batch_size": BATCH, "num_threads": 2, "device": device, "dtype": torch.float32}
+    """Yield the name of each loader to compare, the model's dtype, and a function that makes the loader."""
+    preprocessing = embedder.preprocessing
+    transform = preprocessing.transform()
+    exact = [ModelInput(transform, preprocessing, torch.float32)]
+    common: dict[str, Any] = {"batch_size": BATCH, "num_threads": 2, "device": device}
     decodes = [Decode.EXACT, Decode.FAST] if device == "cuda" else [Decode.EXACT]
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
     mode = preprocessing.mode
-    yield "reference", torch.float32, lambda: ReferenceLoader(transform, mode=mode, **common)
+    yield (
+        "reference",
+        torch.float32,
+        lambda: ReferenceLoader(exact, mode=mode, **common),
+    )
     for decode in decodes:
         for dtype in dtypes:
             yield (
                 f"DALI, {decode}",
                 dtype,
-                lambda d=decode: DaliLoader(transform, preprocessing=preprocessing, decode=d, **common),  # type: ignore[misc]
+                lambda d=decode, t=dtype: DaliLoader(  # type: ignore[misc]
+                    [ModelInput(transform, preprocessing, t)], decode=d, **common
+                ),
             )
     yield "NeMo Curator 0.9's", torch.float32, lambda: NemoLoader(preprocessing, device)
 
 
 class NemoLoader:
-    """timm's transform as NeMo Curator 0.9 converts it to DALI: one resize of the shorter side, DALI's own centre."""
+    """Apply timm's transform as NeMo Curator 0.9 does in DALI: one resize of the shorter side, DALI's own centre."""
 
     def __init__(self, preprocessing: Preprocessing, device: str) -> None:
         self.preprocessing = preprocessing
         self.device = device
 
     def batches(self, samples: Any) -> Iterator[Any]:
-        """Yield (images, tags) batch by batch."""
+        """Yield batches of images with their tags."""
         from embedders.loader import LoadedBatch
 
         chunk = list(samples)
         for start in range(0, len(chunk), BATCH):
             part = chunk[start : start + BATCH]
-            yield LoadedBatch(self._load([s.data for s in part]), [s.tag for s in part])
+            yield (LoadedBatch(self._load([s.data for s in part]), [s.tag for s in part]),)
 
     def _load(self, images: list[np.ndarray]) -> torch.Tensor:
         import nvidia.dali
@@ -133,20 +142,20 @@ class NemoLoader:
         return torch.from_numpy(np.stack([np.asarray(row) for row in (out.as_cpu() if gpu else out)])).to(self.device)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing; the loader keeps nothing."""
 
 
 def load(loader: Loader, images: list[np.ndarray]) -> torch.Tensor:
-    """All images through a loader, in order, on the CPU."""
+    """Load all images with a loader; return them in order, on the CPU."""
     rows: dict[Any, torch.Tensor] = {}
-    for batch in loader.batches(Encoded(i, data) for i, data in enumerate(images)):
+    for (batch,) in loader.batches(Encoded(i, data) for i, data in enumerate(images)):
         rows.update(zip(batch.tags, batch.images.float().cpu().clone(), strict=True))
     loader.close()
     return torch.stack([rows[i] for i in range(len(images))])
 
 
 def embed(model: torch.nn.Module, images: torch.Tensor, device: str, dtype: torch.dtype) -> np.ndarray:
-    """Normalised float64 vectors of (n, channels, height, width) images by a model in `dtype`."""
+    """Return a model's normalised vectors, (n, dimensions) float64, of (n, channels, height, width) images."""
     model = model.to(device=device, dtype=dtype)
     with torch.inference_mode():
         parts = [model(part.to(device, dtype)).float().cpu() for part in images.split(BATCH)]
@@ -155,7 +164,7 @@ def embed(model: torch.nn.Module, images: torch.Tensor, device: str, dtype: torc
 
 
 def measure(embedder: TimmImageEmbedder, images: list[np.ndarray], device: str) -> Iterator[Fidelity]:
-    """Every way of loading against timm's own pipeline on the CPU, for one model."""
+    """Compare every way of loading with timm's own pipeline on the CPU, for one model."""
     transform: Any = embedder.preprocessing.transform()
     mode = embedder.preprocessing.mode
     pixels = torch.stack([transform(Image.open(io.BytesIO(d.tobytes())).convert(mode)) for d in images])
@@ -178,14 +187,14 @@ def measure(embedder: TimmImageEmbedder, images: list[np.ndarray], device: str) 
 
 
 def embedders(names: list[str], checkpoint: Path) -> Iterator[TimmImageEmbedder]:
-    """The model with trained weights, then others with random ones."""
+    """Yield the model with trained weights, then others with random weights."""
     yield TimmImageEmbedder(TRAINED, checkpoint=checkpoint)
     for name in names:
         yield TimmImageEmbedder(name, pretrained=False)
 
 
 def table(rows: list[Fidelity]) -> Table:
-    """The rows for a terminal."""
+    """Return the rows as a table for a terminal."""
     out = Table(title="against timm's own pipeline (Pillow, float32)", title_justify="left")
     for column in ("model", "loader", "dtype", "images", "pixels (of 255)", "cosine: mean", "1st percentile", "worst"):
         out.add_column(column)

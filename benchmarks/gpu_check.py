@@ -1,8 +1,8 @@
-"""What only a GPU can show, checked in one go: decoders, fidelity, the account, the whole flow, the merge on cuDF.
+"""Check everything that needs a GPU: decoders, fidelity, the account, the whole flow, the merge on cuDF.
 
     python -m benchmarks.gpu_check [--checkpoint tf_efficientnet_lite0.safetensors] [--photos FOLDER]
 
-Installs nothing and needs no network. The last lines are a table; the exit status is 1 if a line of it says FAILED.
+It installs nothing and needs no network. The last lines are a table; the exit status is 1 if one of them says FAILED.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import numpy as np
 import torch
 
 from benchmarks.throughput import _crop, load_photographs, run_alone
-from tasks.cluster import count_gpus
+from tasks.hardware import count_gpus
 
 MODEL = "tf_efficientnet_lite0"
 PHOTOGRAPHS = 160
 LIMITS = {"exact": 0.9995, "fast": 0.985}
-"""The worst cosine to timm's float32 vector that passes; float16 weights included."""
+"""The worst cosine to timm's float32 vector that passes, also with float16 weights."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the table."""
+    """A line of the table: what was checked, whether it passed, and what was found."""
 
     what: str
     passed: bool
@@ -44,7 +44,7 @@ class Check:
 
 
 def gpu_tests() -> list[Check]:
-    """pytest -m gpu on the loaders."""
+    """Run `pytest -m gpu` on the loaders."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/embedders/test_loaders.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
@@ -56,7 +56,7 @@ def gpu_tests() -> list[Check]:
 
 
 def fidelity(device: str, checkpoint: str | None, photographs: str | None) -> list[Check]:
-    """The embedder's vectors and pixels, each decoder in each precision, against timm's own float32 pipeline."""
+    """Compare the embedder's vectors and pixels, of each decoder in each precision, with timm's float32 pipeline."""
     images = load_photographs(photographs)
     jpegs = [_crop(number, images) for number in range(PHOTOGRAPHS)]
     pixels, vectors = timms_own(jpegs, device, checkpoint)
@@ -76,7 +76,7 @@ def fidelity(device: str, checkpoint: str | None, photographs: str | None) -> li
 
 
 def timms_own(jpegs: Sequence[bytes], device: str, checkpoint: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow, timm's transform and timm's model in float32: pixels in levels of 255, and vectors of length 1."""
+    """Return the pixels in levels of 255 and the vectors of length 1 by Pillow and timm in float32."""
     import io
 
     import timm
@@ -98,7 +98,7 @@ def timms_own(jpegs: Sequence[bytes], device: str, checkpoint: str | None) -> tu
 def embedded(
     jpegs: Sequence[bytes], device: str, checkpoint: str | None, decode: str, autocast: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same from TimmImageEmbedder."""
+    """Return the same by TimmImageEmbedder."""
     from embedders import TimmImageEmbedder
     from embedders.loader import Encoded
 
@@ -111,24 +111,23 @@ def embedded(
         loader="dali",
         autocast=autocast,
     )
-    model = embedder.load_embedding_model(device)
+    session = embedder.open(device)
     samples = [Encoded(i, np.frombuffer(jpeg, np.uint8)) for i, jpeg in enumerate(jpegs)]
     pixels: dict[Any, np.ndarray] = {}
     vectors: dict[Any, np.ndarray] = {}
-    loader = embedder._open_loader(device)
     with torch.inference_mode():
-        for batch in loader.batches(samples):
-            rows = model(batch.images).cpu().numpy()
+        for (batch,) in session.loader.batches(samples):
+            rows = session.model(batch.images).cpu().numpy()
             levels = to_levels(batch.images, embedder.data_config)
             pixels.update(zip(batch.tags, levels, strict=True))
             vectors.update(zip(batch.tags, rows, strict=True))
-    loader.close()
+    session.close()
     order = range(len(jpegs))
     return np.stack([pixels[i] for i in order]), np.stack([vectors[i] for i in order])
 
 
 def to_levels(batch: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
-    """Normalised images as levels of 255, float32."""
+    """Return normalised images as levels of 255, float32."""
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return np.asarray((batch.float().cpu() * std + mean) * 255)
 
@@ -137,7 +136,7 @@ def to_levels(batch: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
 
 
 def flow(device: str, checkpoint: str | None, dataset: str | None, folder: str) -> list[Check]:
-    """embed_dataset with damaged images in the dataset, then again, then with null rows."""
+    """Run embed_dataset on a dataset with damaged images, then again, then with null rows."""
     from embedders import TimmImageEmbedder
     from flows.demo_data import BROKEN, build_dataset
     from flows.embed import embed_dataset
@@ -167,7 +166,7 @@ def flow(device: str, checkpoint: str | None, dataset: str | None, folder: str) 
 
 
 def has_cuda_context() -> bool:
-    """Whether this process has a CUDA context on its first GPU; asking opens none."""
+    """Return whether this process has a CUDA context on its first GPU, without opening one."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -179,7 +178,7 @@ def has_cuda_context() -> bool:
 
 
 def readers(folder: str) -> list[Check]:
-    """cuDF and dask-cudf on what the flow wrote, the vectors as one matrix."""
+    """Read the flow's files with cuDF and dask-cudf, and the vectors as one matrix."""
     import cudf
     import dask_cudf
 
@@ -197,7 +196,7 @@ def readers(folder: str) -> list[Check]:
 
 
 def read_back(folder: str) -> list[Check]:
-    """pandas on what the flow wrote, for a machine without a GPU."""
+    """Read the flow's files with pandas, on a machine without a GPU."""
     import pandas as pd
 
     frame = pd.read_parquet(f"{folder}/output/metadata")
@@ -209,7 +208,7 @@ def read_back(folder: str) -> list[Check]:
 
 
 def attempt(what: str, function: Callable[..., list[Check]], *args: Any) -> list[Check]:
-    """The checks of a function in a process of its own; one that failed if it raised."""
+    """Return the checks of a function that runs in a process of its own; a failed check if it raised."""
     result = run_alone(_with_traceback, function, args)
     checks = [Check(what, False, result["error"].strip().splitlines()[-1])] if isinstance(result, dict) else result
     for check in checks:
@@ -226,7 +225,7 @@ def _with_traceback(function: Callable[..., list[Check]], args: tuple[Any, ...])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run every check and print the table."""
+    """Run every check, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", help=f"trained weights of {MODEL}; random ones are a far weaker check")
     parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")

@@ -1,9 +1,9 @@
-"""The merge beside plain pyarrow, indexes beside DALI's own script, and what a run costs that has nothing to do.
+"""Measure the merge beside plain pyarrow, indexes beside DALI's script, and a run that has nothing to do.
 
-    python -m benchmarks.merge [--part merge|index|plan|rerun] [--shards N] [--folder FOLDER]
+    python -m benchmarks.merge [--part merge|memory|join|index|plan|rerun] [--shards N] [--folder FOLDER]
 
-Prints each figure with the one it is compared with, taken in the same run on the same machine, and their ratio. Files
-are written first and read from memory: disks are not what is measured.
+Prints each figure beside the one it is compared with, from the same run on the same machine, and their ratio. Files are
+written first and then read from memory, so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
+import importlib.util
 import io
 import json
 import mmap
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,23 +37,29 @@ import pyarrow.parquet as pq
 
 from benchmarks.throughput import run_alone
 from embedders import TimmImageEmbedder
+from embedders.recipe import Recipe, recipes_of
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.description import describe, footer
-from tasks.dataset.vectors import rows_a_group, vector_array, write_vectors
-from tasks.embed import versions
-from tasks.keys import digest, embedding_key
-from tasks.plan import MergeOptions, make_plan, merged_key
-from tasks.records import EmbeddingRecord, MergeRecord, with_record
+from tasks.dataset.join import Backend, join_arrow, join_frames
+from tasks.dataset.vectors import rows_per_group, vector_array
+from tasks.keys import layer_key
+from tasks.layers import LayerWriter, versions
+from tasks.merge_options import MergedColumn, MergeOptions
+from tasks.plan import make_plan, merged_key
+from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, with_record
 from tasks.shards import Shard, find_shards
 
-ROWS, DIMENSIONS, SHARDS, WORKERS = 10_000, 768, 100, 2
-OPTIONS = MergeOptions("key", "image_embedding")
+ROWS, DIMENSIONS, SHARDS, WORKERS, ROUNDS = 10_000, 768, 100, 2, 5
+MEMORY_ROWS, MEMORY_DIMENSIONS = (10_000, 100_000, 1_000_000), 64
+JOIN_IDS = (10_000, 100_000, 1_000_000, 10_000_000)
+COLUMN = "image_embedding"
+ORDERS = ("the layer's order", "another order")
 INDEXED_TARS, INDEXED_SAMPLES, IMAGE_BYTES = 8, 4096, 55_000
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table."""
+    """A line of the table: what was measured, the goal, and the figure."""
 
     what: str
     asked: str
@@ -61,32 +70,43 @@ class Figure:
 
 
 def merge(folder: str, shards: int = SHARDS) -> list[Figure]:
-    """A million rows of 768 float32 through the merge, and the same bytes through plain pyarrow."""
+    """Rows of 768 float32 through the merge, and the same bytes through plain pyarrow, by turns."""
+    return [figure for order in ORDERS for figure in _merge(f"{folder}/{order.split()[0]}", shards, order)]
+
+
+def _merge(folder: str, shards: int, order: str) -> list[Figure]:
     names = [f"{number:05}" for number in range(shards)]
+    shuffle = order == ORDERS[1]
     context = multiprocessing.get_context("spawn")
     halves = [names[i::WORKERS] for i in range(WORKERS)]
     with ProcessPoolExecutor(WORKERS, context) as pool:
-        list(pool.map(_write_inputs, [folder] * shards, names))
+        list(
+            pool.map(
+                _write_inputs, [folder] * shards, names, [ROWS] * shards, [DIMENSIONS] * shards, [shuffle] * shards
+            )
+        )
         list(pool.map(_copy, [folder] * WORKERS, [half[:1] for half in halves]))  # imports done, files seen
 
         def copy_all() -> float:
+            shutil.rmtree(f"{folder}/plain", ignore_errors=True)
             started = time.perf_counter()
             list(pool.map(_copy, [folder] * WORKERS, halves))
             return time.perf_counter() - started
 
-        before = copy_all()
-        seconds, peak, rows = run_alone(_merge_on_a_cluster, folder, shards)
-        plain = (before + copy_all()) / 2
+        with _cluster(folder) as merge_all:
+            rounds = [(copy_all(), *merge_all(names)) for _ in range(ROUNDS)]
+    plain, seconds, peak, rows = (statistics.median(found) for found in zip(*rounds, strict=True))
+    ratio = statistics.median(plain / seconds for plain, seconds, *_ in rounds)
     one_shard = ROWS * DIMENSIONS * 4
-    size = 2 * shards * one_shard / 1e9
+    speed = 2 * shards * one_shard / 1e9 / seconds
     return [
         Figure(
-            f"merge of {rows:,} rows × {DIMENSIONS} in {shards} shards, {WORKERS} workers, by plain pyarrow reading "
-            "and writing the same bytes",
-            "≥ 0.60",
-            f"{plain / seconds:.2f} ({seconds:.1f} s, {size / seconds:.2f} GB/s; pyarrow {plain:.1f} s)",
+            f"merge of {rows:,} rows × {DIMENSIONS} in {order}, {shards} shards, {WORKERS} workers, by plain pyarrow "
+            f"reading and writing the same bytes, median of {ROUNDS}",
+            "≥ 0.80",
+            f"{ratio:.2f} ({seconds:.1f} s, {speed:.2f} GB/s; pyarrow {plain:.1f} s)",
         ),
-        Figure("memory a worker took for it, in shards", "< 3", f"{peak / one_shard:.2f}"),
+        Figure(f"memory that a worker took for it, in shards, {order}", "< 3", f"{peak / one_shard:.2f}"),
     ]
 
 
@@ -96,21 +116,23 @@ def _columns(name: str, rows: int) -> dict[str, Any]:
     return {"key": keys, "url": [f"https://example.org/{key}.jpg" for key in keys], "caption": captions}
 
 
-def _write_inputs(folder: str, name: str, rows: int = ROWS) -> Shard:
-    """A shard's metadata, its rows in another order than its vectors, and its embeddings; its tar is never read."""
+def _write_inputs(folder: str, name: str, rows: int, dimensions: int, shuffle: bool) -> Shard:
+    """Write a shard's metadata and its embeddings in another order. Its tar is never read."""
     rng = np.random.default_rng(int(name))
-    data, output = Path(folder, "data"), Path(folder, "out")
-    for path in (data, output / "embeddings"):
-        path.mkdir(parents=True, exist_ok=True)
+    data = Path(folder, "data")
+    data.mkdir(parents=True, exist_ok=True)
     (data / f"{name}.tar").write_bytes(b"\0" * 1024)
     table = pa.table(_columns(name, rows))
-    pq.write_table(table, data / f"{name}.parquet")
+    pq.write_table(table.take(rng.permutation(rows)) if shuffle else table, data / f"{name}.parquet")
     shard = _shard(folder, name)
-    vectors = rng.standard_normal((rows, DIMENSIONS), np.float32)
-    record = EmbeddingRecord(embedding_key(shard, "e", "key"), "e", rows, rows, {}, DIMENSIONS)
-    embeddings = pa.table({"id": table["key"].take(rng.permutation(rows)), "image_embedding": vector_array(vectors)})
-    embeddings = embeddings.cast(with_record(embeddings.schema, record))
-    write_vectors(embeddings, str(output / shard.embeddings_file), "image_embedding")
+    with LayerWriter(shard, COLUMN) as writer:
+        for start in range(0, rows, 1000):
+            ids = table["key"].slice(start, 1000).combine_chunks()
+            vectors = rng.standard_normal((len(ids), dimensions), np.float32)
+            writer.add(np.arange(start, start + len(ids)), ids, {COLUMN: vectors})
+        writer.flush()
+        key = layer_key(shard, COLUMN, "e", "key")
+        writer.finish(LayerRecord(key, COLUMN, "e", rows, rows, {}, rows, writer.columns), [])
     return shard
 
 
@@ -118,53 +140,80 @@ def _shard(folder: str, name: str) -> Shard:
     return Shard(name, f"{folder}/data", f"{folder}/out", 1024, "1024-1", "1-1")
 
 
+def _options(dimensions: int = DIMENSIONS) -> MergeOptions:
+    return MergeOptions("key", (COLUMN,), (MergedColumn(COLUMN, COLUMN, "float32", (dimensions,)),))
+
+
 def _copy(folder: str, names: Sequence[str]) -> None:
-    """What reading and writing the same bytes takes: no join, no checksums, the fastest settings."""
+    """Read and write the same bytes without a join or checksums, with the fastest settings."""
     pa.set_cpu_count(1)
-    Path(folder, "plain").mkdir(exist_ok=True)
+    Path(folder, "plain").mkdir(parents=True, exist_ok=True)
     for name in names:
         metadata = pq.read_table(Path(folder, "data", f"{name}.parquet"))
-        embeddings = pq.read_table(Path(folder, "out", "embeddings", f"{name}.parquet"))
-        table = metadata.append_column("image_embedding", embeddings.column(1))
+        layer = pq.read_table(Path(folder, "out", "layers", COLUMN, f"{name}.parquet"))
         pq.write_table(
-            table,
+            metadata.append_column(COLUMN, layer.column(1)),
             Path(folder, "plain", f"{name}.parquet"),
-            row_group_size=rows_a_group(DIMENSIONS),
-            compression={"key": "zstd", "url": "zstd", "caption": "zstd", "image_embedding.list.element": "none"},
+            row_group_size=rows_per_group(4 * DIMENSIONS),
+            compression={"key": "zstd", "url": "zstd", "caption": "zstd", f"{COLUMN}.list.element": "none"},
             use_dictionary=metadata.column_names,
             write_statistics=metadata.column_names,
         )
 
 
-def _merge_on_a_cluster(folder: str, count: int) -> tuple[float, int, int]:
-    """Seconds, the most memory that a worker took beyond what it had, and rows."""
+@contextlib.contextmanager
+def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int, int]]]:
+    """Start workers; what is yielded merges shards on them.
+
+    Yields:
+        A function from the shards' names to the seconds, the most memory that a worker took beyond what it had before
+        any shard, and the rows.
+    """
     from distributed import Client, LocalCluster
 
     from tasks.merge import merge_group
 
-    shards = [_shard(folder, f"{number:05}") for number in range(count)]
+    def merge_on(folder: str, names: Sequence[str]) -> list[MergeRecord]:
+        shards = [_shard(folder, name) for name in names]
+        records = {}
+        for shard in shards:
+            record = read_layer_record(shard.target, shard.layer_file(COLUMN))
+            assert record is not None
+            records[shard.name] = {COLUMN: record}
+        return merge_group(shards, records, _options(), client)
+
     with (
-        LocalCluster(WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=40) as cluster,
+        LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=40
+        ) as cluster,
         Client(cluster) as client,
     ):
         client.run(_one_core)
-        small = [_write_inputs(f"{folder}/small", f"{number:05}", rows=10) for number in range(4 * WORKERS)]
-        merge_group(small, OPTIONS, "pandas", client)  # what is imported is no shard
+        small = [f"{number:05}" for number in range(4 * WORKERS)]
+        for name in small:
+            _write_inputs(f"{folder}/small", name, 10, DIMENSIONS, False)
+        merge_on(f"{folder}/small", small)  # what is imported is no shard
         before = client.run(_reset_peak)
-        started = time.perf_counter()
-        records = merge_group(shards, OPTIONS, "pandas", client)
-        seconds = time.perf_counter() - started
-        after = client.run(_peak)
-    return seconds, max(after[worker] - before[worker] for worker in after), sum(record.rows for record in records)
+
+        def merge_all(names: Sequence[str]) -> tuple[float, int, int]:
+            shutil.rmtree(f"{folder}/out/metadata", ignore_errors=True)  # a first run replaces no file
+            client.run(_reset_peak)
+            started = time.perf_counter()
+            records = merge_on(folder, names)
+            seconds = time.perf_counter() - started
+            after = client.run(_peak)
+            return seconds, max(after[it] - before[it] for it in after), sum(record.rows for record in records)
+
+        yield merge_all
 
 
 def _one_core() -> None:
-    """Let a worker's Arrow have the one core that is its own."""
+    """Limit Arrow in a worker to the one core that is the worker's."""
     pa.set_cpu_count(1)
 
 
 def _reset_peak() -> int:
-    """Forget the process's peak of memory; bytes that it has now."""
+    """Reset the process's peak of memory; return the bytes that it has now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -178,11 +227,88 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(folder: str, largest: int = MEMORY_ROWS[-1]) -> list[Figure]:
+    """The memory that the merge of one shard takes, by its rows, in a fresh process."""
+    figures = []
+    for order in ORDERS:
+        for rows in (rows for rows in MEMORY_ROWS if rows <= largest):
+            place = f"{folder}/memory-{rows}-{order.split()[0]}"
+            run_alone(_write_inputs, place, "00000", rows, MEMORY_DIMENSIONS, order == ORDERS[1])
+            peak, anonymous, seconds = run_alone(_merge_alone, place)
+            what = f"memory for the merge of a shard of {rows:,} rows × {MEMORY_DIMENSIONS} in {order}"
+            ids = f"of {rows * MEMORY_DIMENSIONS * 4 / 1e6:.0f} MB of vectors"
+            figures.append(
+                Figure(
+                    what, "flat", f"{peak / 1e6:.0f} MB, {anonymous / 1e6:.0f} MB at the end, {ids}, {seconds:.1f} s"
+                )
+            )
+            shutil.rmtree(place)
+    return figures
+
+
+def _merge_alone(folder: str) -> tuple[int, int, float]:
+    """The most memory that the merge of a shard took, what of it the process keeps, and the seconds."""
+    from tasks.merge import merge_shard
+
+    _one_core()
+    _write_inputs(f"{folder}/small", "00000", 10, MEMORY_DIMENSIONS, False)
+    for place in (f"{folder}/small", folder):  # the first one for what is imported
+        shard = _shard(place, "00000")
+        record = read_layer_record(shard.target, shard.layer_file(COLUMN))
+        assert record is not None
+        before, anonymous, started = _reset_peak(), _status("RssAnon"), time.perf_counter()
+        merge_shard(shard, {COLUMN: record}, _options(MEMORY_DIMENSIONS))
+        seconds = time.perf_counter() - started
+    return _peak() - before, _status("RssAnon") - anonymous, seconds
+
+
+# --- join -------------------------------------------------------------------------------------------------------------
+
+
+def join(_folder: str, largest: int = JOIN_IDS[-1]) -> list[Figure]:
+    """Ids joined by Arrow, and by a Dask DataFrame on pandas and, if there is a GPU with it, on cuDF."""
+    figures = []
+    for count in (count for count in JOIN_IDS if count <= largest):
+        found = run_alone(_time_joins, count)
+        seconds = ", ".join(
+            f"{name} {value:.3f} s" if value >= 0 else f"{name} is missing" for name, value in found.items()
+        )
+        figures.append(Figure(f"the places of {count:,} ids in another order, median of {ROUNDS}", "", seconds))
+    return figures
+
+
+def _time_joins(count: int) -> dict[str, float]:
+    """Seconds by what joined; -1 for what is not installed."""
+    rng = np.random.default_rng(0)
+    ids = pa.chunked_array([pa.array(np.char.mod("%09d", np.arange(count)))])
+    layers = {COLUMN: ids.take(pa.array(rng.permutation(count)))}
+    ways: dict[str, Callable[[], dict[str, np.ndarray]]] = {"Arrow": lambda: join_arrow(ids, layers)}
+    backends: tuple[Backend, ...] = ("pandas", "cudf")
+    for backend in backends:
+        if importlib.util.find_spec(backend) is not None:
+            ways[backend] = functools.partial(join_frames, ids, layers, backend)
+    expected = join_arrow(ids, layers)[COLUMN]
+    found = dict.fromkeys(("Arrow", *backends), -1.0)
+    for name, way in ways.items():
+        assert (way()[COLUMN] == expected).all(), name  # the first call is not timed: it imports, and opens the GPU
+        found[name] = statistics.median(_seconds(way) for _ in range(ROUNDS))
+    return found
+
+
+def _seconds(way: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
 # --- index ------------------------------------------------------------------------------------------------------------
 
 
 def index(folder: str, tars: int = INDEXED_TARS) -> list[Figure]:
-    """Index files of tars, by DALI's script and by ours, and what of the tars had to be read."""
+    """Make the index files of tars with DALI's script and with ours, and measure how much of the tars is read."""
     paths = [Path(folder, "tars", f"{number:05}.tar") for number in range(tars)]
     paths[0].parent.mkdir(exist_ok=True)
     _write_tar(paths[0])
@@ -213,7 +339,7 @@ def _write_tar(path: Path) -> None:
 
 
 def _time_indexing(folder: str) -> float:
-    """Seconds for the index files of all tars, in one process that is there, as a worker is."""
+    """Return the seconds for the index files of all tars, in a process that has started, as a worker has."""
     from tasks.index import index_tar
 
     shards = find_shards(f"{folder}/tars", f"{folder}/indexed")
@@ -225,7 +351,7 @@ def _time_indexing(folder: str) -> float:
 
 
 def _time_wds2idx(paths: Sequence[Path]) -> float:
-    """Seconds for DALI's script, run on one tar after the other as its documentation has it."""
+    """Return the seconds of DALI's script, run on one tar after the other as its documentation says."""
     script = shutil.which("wds2idx", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") or "wds2idx"
     started = time.perf_counter()
     for path in paths:
@@ -235,7 +361,7 @@ def _time_wds2idx(paths: Sequence[Path]) -> float:
 
 
 def _share_read(folder: str) -> float:
-    """The share of a tar's pages that are in memory after it was dropped from there and indexed."""
+    """Drop a tar from memory and index it; return the share of its pages that are in memory then."""
     from tasks.index import index_tar
 
     shard = find_shards(f"{folder}/tars", f"{folder}/indexed")[0]
@@ -249,7 +375,7 @@ def _share_read(folder: str) -> float:
 
 
 def _resident(descriptor: int, size: int) -> float:
-    """The share of a file's pages that are in memory."""
+    """Return the share of a file's pages that are in memory."""
     data = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     pages = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
     start = ctypes.addressof(ctypes.c_char.from_buffer(data))
@@ -261,7 +387,7 @@ def _resident(descriptor: int, size: int) -> float:
 
 
 def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]:
-    """How long the plan of an output takes in which every shard is done, and what it holds in memory."""
+    """Plan an output in which every shard is done; measure the time and the memory."""
     figures = []
     for count, asked in zip(counts, ("< 10 s, < 500 MB", "< 90 s"), strict=False):
         if not Path(folder, f"finished-{count}/out/manifest.json").exists():
@@ -274,10 +400,9 @@ def plan(folder: str, counts: Sequence[int] = (10_000, 100_000)) -> list[Figure]
 
 
 def make_finished(folder: Path, count: int) -> None:
-    """A dataset and an output of finished shards that hold next to nothing; their footers are as long as real ones."""
-    fingerprint = _embedder().fingerprint()
-    digested = digest(fingerprint)
-    for name in ("data", "out/embeddings", "out/metadata"):
+    """Write a dataset and an output of nearly empty finished shards, with footers as long as real ones."""
+    (recipe,) = recipes_of(_embedder())
+    for name in ("data", f"out/layers/{COLUMN}", "out/metadata"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     metadata, column = pa.table({"key": ["a"], "caption": ["x"]}), vector_array(np.zeros((1, 64), np.float32))
     tar, parquet = io.BytesIO(), io.BytesIO()
@@ -288,20 +413,26 @@ def make_finished(folder: Path, count: int) -> None:
         (folder / f"data/{number:06}.tar").write_bytes(tar.getvalue())
         (folder / f"data/{number:06}.parquet").write_bytes(parquet.getvalue())
     shards = find_shards(str(folder / "data"), str(folder / "out"))
-    options = replace(OPTIONS, schema=metadata.schema, dimensions=64, embedder=fingerprint)
-    embeddings, merged = pa.table({"id": ["a"], OPTIONS.column: column}), metadata.append_column(OPTIONS.column, column)
-    known = EmbeddingRecord("", digested, 1, 1, {}, 64, "exact", versions())
-    notes = footer(merged.schema, describe(OPTIONS.column, options.form, fingerprint, 64, known))
+    options = replace(_options(64), schema=metadata.schema, made_of={COLUMN: recipe.fingerprint})
+    layer, merged = pa.table({"id": ["a"], COLUMN: column}), metadata.append_column(COLUMN, column)
+    known = _finished_record(recipe)
+    notes = footer(merged.schema, describe(options, {COLUMN: known}))
     for shard in shards:
-        record = replace(known, key=embedding_key(shard, digested, "key"))
-        _write_small(embeddings, record, f"{shard.output}/{shard.embeddings_file}")
-        done = MergeRecord(merged_key(shard, record, options), 1, 0, 0)
+        record = replace(known, key=layer_key(shard, COLUMN, recipe.digest, "key"))
+        _write_small(layer, record, f"{shard.output}/{shard.layer_file(COLUMN)}")
+        done = MergeRecord(merged_key(shard, {COLUMN: record}, options), 1, 0, 0)
         _write_small(merged.replace_schema_metadata(notes), done, f"{shard.output}/{shard.merged_file}")
-    finish_dataset(make_plan(shards, digested, options), fingerprint)
+    finish_dataset(make_plan(shards, [recipe], options))
     (folder / "out/manifest.json").write_text("{}\n")
 
 
-def _write_small(table: pa.Table, record: EmbeddingRecord | MergeRecord, path: str) -> None:
+def _finished_record(recipe: Recipe) -> LayerRecord:
+    columns = {COLUMN: Column("float32", (64,))}
+    made_of = dict(recipe.fingerprint)
+    return LayerRecord("", COLUMN, recipe.digest, 1, 1, {}, 1, columns, made_of, decoder="exact", versions=versions())
+
+
+def _write_small(table: pa.Table, record: LayerRecord | MergeRecord, path: str) -> None:
     pq.write_table(table.cast(with_record(table.schema, record)), path)
 
 
@@ -310,14 +441,14 @@ def _embedder() -> TimmImageEmbedder:
 
 
 def _plan(folder: str) -> tuple[float, int, int, int]:
-    """Of what the command does before its flow: seconds, memory it took, all of the process's, shards left to do."""
+    """Return what the command needs before its flow: seconds, memory, memory of the process, and shards to do."""
     from flows.config import EmbedConfig
     from flows.prepare import prepare
 
-    _embedder().fingerprint()  # imports torch and timm, which any run needs
+    recipes_of(_embedder())  # imports torch and timm, which any run needs
     before = _reset_peak()
     started = time.perf_counter()
-    work = prepare(_config(EmbedConfig, folder), None)
+    work = prepare(_config(EmbedConfig, folder))
     return time.perf_counter() - started, _peak() - before, _peak(), len(work.plan.to_embed) + len(work.plan.to_merge)
 
 
@@ -332,7 +463,7 @@ def _config(kind: Any, folder: str) -> Any:
 
 
 def rerun(folder: str, count: int = 10_000) -> list[Figure]:
-    """The command over an output in which every shard is done: by itself, and with a Prefect server that is told."""
+    """Run the command over an output in which every shard is done, with and without a Prefect server."""
     finished = Path(folder, f"finished-{count}")
     if not (finished / "out/manifest.json").exists():
         make_finished(finished, count)
@@ -371,13 +502,13 @@ def _time_command_with_a_server(finished: Path) -> float:
             os.environ.update(before)
 
 
-PARTS = {"merge": merge, "index": index, "plan": plan, "rerun": rerun}
+PARTS = {"merge": merge, "memory": memory, "join": join, "index": index, "plan": plan, "rerun": rerun}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print the table."""
+    """Measure, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--part", choices=PARTS, action="append", help="one of them; by default all")
+    parser.add_argument("--part", "--only", choices=PARTS, action="append", help="one of them; by default all")
     parser.add_argument("--shards", type=int, help="instead of what the part usually has")
     parser.add_argument("--folder", help="where files are made and stay, for another time; by default a temporary one")
     args = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""Decoding only what the crop keeps, beside decoding all of an image: DALI on the CPU, without what comes after.
+"""Measure decoding only the part that the crop keeps beside decoding all of an image, by DALI on the CPU.
 
     python -m benchmarks.roi [--photos FOLDER]
 
-Decodes the same JPEGs both ways in turns, and tells whether the pixels are the same.
+Decodes the same JPEGs in both ways by turns, and says whether the pixels are the same.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.throughput import _crop, load_photographs
-from embedders.dali import _axis
+from embedders.dali_operators import _axis
 from embedders.image_headers import inspect
 from embedders.preprocess import Preprocessing
-from tasks.cluster import available_cores
+from tasks.hardware import available_cores
 
 IMAGES, BATCH, TURNS = 512, 32, 5
 MARGIN = 2
-"""Pixels beyond what the filter touches: chroma is smoothed over its neighbours."""
+"""Pixels beyond those that the filter touches, because chroma is smoothed over its neighbours."""
 
 
 def kept(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where what the crop needs of n images starts and ends: float32 (n, 2), (y, x)."""
+    """Return where the part that the crop needs of n images starts and ends, as (y, x): float32 (n, 2) each."""
     resize_h, resize_w, top, left = preprocessing.geometries(heights, widths)
     support = preprocessing.interpolation.support
     y = _axis(heights, resize_h, top, preprocessing.height, support)
@@ -38,7 +38,7 @@ def kept(preprocessing: Preprocessing, heights: np.ndarray, widths: np.ndarray) 
 
 
 def decoder(roi: bool) -> Any:
-    """A pipeline that decodes all of an image, or from "start" to "end"."""
+    """Return a pipeline that decodes all of an image, or from "start" to "end"."""
     import nvidia.dali.types as dali_types
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
@@ -62,7 +62,7 @@ def decoder(roi: bool) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure and print."""
+    """Measure and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roi", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")
     photographs = load_photographs(parser.parse_args(arguments).photos)

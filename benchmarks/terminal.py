@@ -1,4 +1,4 @@
-"""`python -m benchmarks.terminal DATASET OUT PICTURE.svg`: what a terminal shows in the middle of a run."""
+"""`python -m benchmarks.terminal DATASET OUT PICTURE.svg`: take a picture of the terminal during a run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rich.console import Console
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
 from flows.progress import Terminal
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 
 
 class Photographed(Terminal):
-    """A terminal of which a picture is taken when three quarters of the shards are through."""
+    """A terminal that saves a picture of itself when three quarters of the shards are done."""
 
     def __init__(self, path: str) -> None:
         super().__init__(Console(stderr=True, highlight=False, soft_wrap=True))
         self.path = path
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """Count, and take the picture."""
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Count a group of shards, and take the picture at the right moment."""
         super().embedded(records)
         if self.pace.share >= 0.75 and self.path:
             console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True)

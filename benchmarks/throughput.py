@@ -1,10 +1,10 @@
-"""Images a second: the whole flow, the two ceilings it works under, and two peers, in one run on one machine.
+"""Measure images per second of the whole flow, its two upper limits and two other programs, in one run.
 
     python -m benchmarks.throughput --model vit_base_patch32_clip_quickgelu_224.openai --shards 8 --no-pretrained
 
-Every measurement runs in a process of its own, so none inherits another's GPU memory, threads or compiled code. The
-shards are made first: crops of photographs, about 500x375 pixels and 55 kB like a web crawl's, a few hundred distinct
-ones that repeat. They have just been written, so they are read from memory: disks are not what is measured.
+Each measurement runs in a process of its own, so none inherits another's GPU memory, threads or compiled code. The
+shards are made first, from a few hundred different crops of photographs that repeat, with about 500x375 pixels and
+55 kB as in a web crawl. They were just written, so they are read from memory, and no disk is measured.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from tasks.counted import counted
+from tasks.wording import counted
 
 if TYPE_CHECKING:
     from embedders.timm import TimmImageEmbedder
 
 DISTINCT = 400
-"""Distinct crops. Decoders do not remember what they decoded."""
+"""Distinct crops. Repeating them does not change the speed, because decoders cache nothing."""
 CROP = (500, 375)
 NEMO_BATCH, NEMO_THREADS = 1024, 4
 """NeMo Curator 0.9's defaults for its TimmImageEmbedder."""
 DAMAGED = 100
-"""One image in so many is broken where damage is measured."""
+"""One of so many images is broken when damage is measured."""
 COMMAND_SHARDS = 4
 WARM_UP = 8
-"""Batches before the clock starts, for the stages that measure one part."""
+"""Batches before the clock starts, in measurements of one part."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, on what."""
+    """The dataset, the model and the machine that the measurements use."""
 
     model: str
     shards: int
@@ -67,11 +67,11 @@ class Setting:
     folder: str
 
     def tars(self) -> list[str]:
-        """The shards, sorted."""
+        """Return the shards, sorted."""
         return sorted(str(path) for path in Path(self.folder, "shards").glob("*.tar"))[: self.shards]
 
     def embedder(self, **changes: Any) -> TimmImageEmbedder:
-        """The embedder whose parts are measured."""
+        """Return the embedder whose parts are measured."""
         from embedders import TimmImageEmbedder
 
         options: dict[str, Any] = {
@@ -87,7 +87,7 @@ class Setting:
 
 
 def make_shards(folder: Path, shards: int, samples: int, photographs: str | None, cores: int) -> None:
-    """Write shards of jpg, txt and json with a metadata Parquet beside each; those that are there stay."""
+    """Write shards of jpg, txt and json with a metadata Parquet beside each; keep existing ones."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [n for n in range(shards) if not (folder / f"{n:05}.parquet").exists()]
     if not missing:
@@ -104,7 +104,7 @@ def make_shards(folder: Path, shards: int, samples: int, photographs: str | None
 
 
 def load_photographs(folder: str | None) -> list[Image.Image]:
-    """The photographs of a folder, or those that scikit-image and scikit-learn ship."""
+    """Return the photographs of a folder, or those that scikit-image and scikit-learn ship."""
     if folder is not None:
         return [Image.open(path).convert("RGB") for path in sorted(Path(folder).iterdir())]
     from flows.demo_data import PHOTOGRAPHS, load_photograph
@@ -113,7 +113,7 @@ def load_photographs(folder: str | None) -> list[Image.Image]:
 
 
 def _render(numbers: Sequence[int], photographs: str | None) -> list[bytes]:
-    """JPEGs of crops of photographs, different for every number."""
+    """Return JPEGs of crops of photographs, which differ for every number."""
     images = load_photographs(photographs)
     return [_crop(number, images) for number in numbers]
 
@@ -153,7 +153,7 @@ def _write_shard(folder: Path, shard: int, samples: int) -> None:
 
 
 def clocked(counts: Iterable[int], seconds: float, finish: Callable[[], None], warm_up: int = WARM_UP) -> float:
-    """Images a second of a stream of batches, given as their sizes.
+    """Return the images per second of a stream of batches, given as their sizes.
 
     The first `warm_up` batches are not counted; the stream is left after `seconds`. `finish` waits for the device.
     """
@@ -171,7 +171,7 @@ def clocked(counts: Iterable[int], seconds: float, finish: Callable[[], None], w
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """What waits until the device has done all that it was told."""
+    """Return a function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
@@ -179,7 +179,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def decode_alone(setting: Setting, decode: str) -> float:
-    """DaliLoader without a model: bytes of a mapped tar in, normalised batches on the device out."""
+    """Measure DaliLoader without a model, from the bytes of mapped tars to normalised batches on the device."""
     sync = synchronizer(setting.device)
     embedder = setting.embedder(decode=decode, loader="dali")
     batches = embedder.batches(itertools.cycle(_open(setting.tars())), setting.device)
@@ -187,10 +187,11 @@ def decode_alone(setting: Setting, decode: str) -> float:
 
 
 def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
-    """The same with one image in DAMAGED broken, and what share of the images then goes to quarantine."""
+    """Measure the same with one of DAMAGED images broken, and the share of images that goes to quarantine."""
     from embedders.loader import Encoded
+    from embedders.timm_session import TimmSession
 
-    embedder = setting.embedder(decode=decode, loader="dali")
+    session = TimmSession(setting.embedder(decode=decode, loader="dali"), setting.device)
     images = [data for shard in _open(setting.tars()[:4]) for _, data, _ in shard.encoded()]
     rng = np.random.default_rng(0)
     broken = itertools.cycle([_cut, _flipped, _blanked, _replaced])
@@ -199,7 +200,7 @@ def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
     counts = {"good": 0, "rejected": 0}
 
     def seen() -> Iterator[int]:
-        for batch in embedder._open_loader(setting.device).batches(samples):
+        for (batch,) in session.loader.batches(samples):
             counts["good"] += len(batch.tags)
             counts["rejected"] += len(batch.rejected)
             yield len(batch.tags) + len(batch.rejected)
@@ -209,19 +210,19 @@ def decode_damaged(setting: Setting, decode: str) -> dict[str, float]:
 
 
 def _cut(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A download that ended early."""
+    """Cut it like a download that ended early."""
     return image[: int(len(image) * rng.uniform(0.1, 0.95))]
 
 
 def _flipped(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ten bytes that are others, behind the header."""
+    """Change ten bytes behind the header."""
     image = image.copy()
     image[rng.integers(700, len(image) - 2, 10)] ^= 0x55
     return image
 
 
 def _blanked(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A block of a disk that came back as zeros."""
+    """Zero a part, like a bad block of a disk."""
     image = image.copy()
     start = int(rng.integers(700, len(image) - 4200))
     image[start : start + 4096] = 0
@@ -229,12 +230,12 @@ def _blanked(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _replaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A web page in place of the image."""
+    """Replace it by a web page."""
     return np.frombuffer(b"<html><body>not found</body></html>", np.uint8)
 
 
 def _open(tars: Iterable[str]) -> list[Any]:
-    """Shards as the flow's tasks hand them over: samples described, images' headers read, pages in memory."""
+    """Return shards as the flow's tasks open them: with ids and image headers read, and pages in memory."""
     from embedders.tar import map_tar, read_tar
     from embedders.webdataset import OpenShard, describe
     from tasks.worker.shared_engine import collect_garbage_seldom
@@ -249,15 +250,14 @@ def _open(tars: Iterable[str]) -> list[Any]:
 
 
 def model_alone(setting: Setting, compile_model: bool) -> float:
-    """The embedder's model on batches that lie on the device, float16 on a GPU."""
+    """Measure the embedder's model on batches that are on the device, in float16 on a GPU."""
     from embedders.engine import keep_freed_memory
 
     keep_freed_memory()  # as the engine does
-    embedder = setting.embedder(compile_model=compile_model)
-    model = embedder.load_embedding_model(setting.device)
-    size = embedder.input_batch(setting.device)
+    session = setting.embedder(compile_model=compile_model).open(setting.device)
+    model = session.model
     dtype = torch.float16 if setting.device == "cuda" else torch.float32
-    shape = (size, *embedder.data_config["input_size"])
+    shape = (session.batch_size, *session.embedder.data_config["input_size"])
     batches = [torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(2)]
     with torch.inference_mode():
         counts = (len(model(batch)) for batch in itertools.cycle(batches))
@@ -265,11 +265,10 @@ def model_alone(setting: Setting, compile_model: bool) -> float:
 
 
 def model_float8(setting: Setting) -> dict[str, float]:
-    """The model with linear layers in float8, and the cosine of its vectors to those in float32, on photographs."""
-    eight = setting.embedder(precision="float8")
-    model = eight.load_embedding_model(setting.device)
-    size = eight.input_batch(setting.device)
-    batch = next(eight.batches(_open(setting.tars()[:1]), setting.device)).images.clone()
+    """Measure the model in float8, and the cosine of its vectors of photographs to those in float32."""
+    session = setting.embedder(precision="float8").open(setting.device)
+    model, size = session.model, session.batch_size
+    batch = next(session.batches(_open(setting.tars()[:1]))).images.clone()
     with torch.inference_mode():
         vectors = model(batch)
         counts = (len(model(batch)) for _ in itertools.count())
@@ -280,33 +279,35 @@ def model_float8(setting: Setting) -> dict[str, float]:
 
 
 def one_process(setting: Setting) -> dict[str, Any]:
-    """The engine over all shards without Prefect, Dask and writing; where its thread spends its time, in seconds."""
+    """Measure the engine over all shards without Prefect, Dask and writing, and what its thread does, in seconds."""
     from benchmarks import trace
-    from embedders.engine import Engine
+    from embedders import engine as engine_module
+    from embedders.engine import Engine, Rows
 
     embedder = setting.embedder()
     trace.watch()
-    engine = Engine(embedder, setting.device)
+    session = embedder.open(setting.device)
+    engine = Engine([session])
     spent = dict.fromkeys(("forward", "settle", "batches"), 0.0)
-    engine._forward = _timed(engine._forward, spent, "forward")  # type: ignore[method-assign]
-    engine._settle = _timed(engine._settle, spent, "settle")  # type: ignore[method-assign]
-    original = embedder.batches
+    engine_module._forward = _timed(engine_module._forward, spent, "forward")
+    engine._arrived = _timed(engine._arrived, spent, "settle")  # type: ignore[method-assign]
+    original = session.batches
 
-    def batches(shards: Any, device: str) -> Iterator[Any]:
-        return _timed_iterator(original(shards, device), spent, "batches")
+    def batches(shards: Any) -> Iterator[Any]:
+        return _timed_iterator(original(shards), spent, "batches")
 
-    embedder.batches = batches  # type: ignore[method-assign]
+    session.batches = batches  # type: ignore[method-assign]
     shards = _open(setting.tars())
     list(engine.embed(shards[:2]))  # builds the pipeline, and chooses the decoder
     trace.times()
     spent.update(dict.fromkeys(spent, 0.0))
     started = time.perf_counter()
-    images = sum(len(done.ids) for done in engine.embed(shards))
+    images = sum(len(found.samples) for found in engine.embed(shards) if isinstance(found, Rows))
     whole = time.perf_counter() - started
     device = trace.busy(trace.times())
     return {
         "images_per_second": images / whole,
-        "decoder": embedder.decoder,
+        "decoder": session.decoder,
         "busy_share": device.share,
         "longest_gap": device.longest_gap,
         "whole": whole,
@@ -332,7 +333,7 @@ def _timed_iterator(items: Iterator[Any], spent: dict[str, float], name: str) ->
 
 
 def whole_flow(setting: Setting) -> dict[str, Any]:
-    """embed_dataset from the call to its return, and its steady part: from the first embeddings file to the last.
+    """Measure embed_dataset as a whole, and its steady part from the first embeddings file to the last.
 
     Busy share and gaps are of the device of the busiest worker, from its twentieth batch to its last.
     """
@@ -347,7 +348,7 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
         wall = time.time() - started
         if manifest.embedded != manifest.samples or manifest.shards_failed:
             raise RuntimeError(f"not everything was embedded: {manifest}")
-        written = sorted(path.stat().st_mtime for path in Path(output, "embeddings").iterdir())
+        written = sorted(path.stat().st_mtime for path in Path(output, "layers", "image_embedding").iterdir())
         merged = sorted(path.stat().st_mtime for path in Path(output, "metadata").iterdir())
         busy = [trace.busy(batches, skip=20) for batches in trace.load(Path(traces))]
         memory = max(trace.load_memory(Path(traces)), key=max, default=[(0.0, 0.0)])
@@ -373,7 +374,7 @@ def whole_flow(setting: Setting) -> dict[str, Any]:
 
 
 def command(setting: Setting) -> dict[str, float]:
-    """`python -m flows.embed` over the first shards, from its start until the first embeddings file lies there."""
+    """Measure `python -m flows.embed` over the first shards, from its start to the first embeddings file."""
     with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
         dataset, output = Path(folder, "dataset"), Path(folder, "output")
         dataset.mkdir()
@@ -386,12 +387,12 @@ def command(setting: Setting) -> dict[str, float]:
         call = [sys.executable, "-m", "flows.embed", str(dataset), "--output", str(output), *options, "--json"]
         subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
         ended = time.time()
-        first = min(path.stat().st_mtime for path in (output / "embeddings").iterdir())
+        first = min(path.stat().st_mtime for path in (output / "layers/image_embedding").iterdir())
     return {"until_first_file": first - started, "seconds": ended - started}
 
 
 def traced(embedder: TimmImageEmbedder, folder: Path) -> TimmImageEmbedder:
-    """The same embedder, whose worker notes when each batch ran."""
+    """Return the same embedder, whose worker notes when each batch ran."""
     from benchmarks import trace
     from embedders import TimmImageEmbedder
 
@@ -405,7 +406,7 @@ def traced(embedder: TimmImageEmbedder, folder: Path) -> TimmImageEmbedder:
 
 
 def plain_script(setting: Setting) -> float:
-    """What one writes without us: webdataset, a DataLoader with a worker a core, Pillow, timm's transform and model."""
+    """Measure a plain script: webdataset, a DataLoader with one worker per core, Pillow, timm's transform and model."""
     import timm
     from timm.data import create_transform, resolve_data_config
 
@@ -433,7 +434,7 @@ def plain_script(setting: Setting) -> float:
 
 
 class _Samples(torch.utils.data.IterableDataset[tuple[torch.Tensor, str]]):
-    """(image, key) of shards, again and again, divided among the DataLoader's workers."""
+    """Yield (image, key) of shards, again and again, divided among the DataLoader's workers."""
 
     def __init__(self, tars: list[str], transform: Any) -> None:
         self.tars, self.transform = tars, transform
@@ -448,7 +449,7 @@ class _Samples(torch.utils.data.IterableDataset[tuple[torch.Tensor, str]]):
 
 
 def _read_samples(tar: str) -> Iterator[tuple[str, bytes]]:
-    """(key, jpg) of a tar, by the webdataset library if it is installed, else by tarfile."""
+    """Yield (key, jpg) of a tar, read by the webdataset library if it is installed, else by tarfile."""
     try:
         import webdataset
     except ImportError:
@@ -463,7 +464,7 @@ def _read_samples(tar: str) -> Iterator[tuple[str, bytes]]:
 
 
 def pipeline_a_shard(setting: Setting) -> float:
-    """NeMo Curator 0.9's way: a DALI pipeline built for each shard, float32 weights under float16 autocast."""
+    """Measure NeMo Curator 0.9's way: one DALI pipeline per shard, float32 weights under float16 autocast."""
     import timm
 
     model = timm.create_model(setting.model, pretrained=setting.pretrained).eval().to(setting.device)
@@ -485,7 +486,7 @@ def pipeline_a_shard(setting: Setting) -> float:
 
 
 def _shard_batches(tar: str, config: dict[str, Any], batch_size: int, device: str) -> Iterator[torch.Tensor]:
-    """Batches of one tar from a DALI pipeline of its own."""
+    """Yield the batches of one tar from a DALI pipeline of its own."""
     import nvidia.dali.types as dali_types
     from nvidia.dali import fn as dali_fn
     from nvidia.dali import pipeline_def
@@ -531,7 +532,7 @@ def _shard_batches(tar: str, config: dict[str, Any], batch_size: int, device: st
 
 
 def stages(setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Name of a measurement: its function and arguments."""
+    """Return the function and arguments of each measurement, by its name."""
     found: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {"decode_exact": (decode_alone, ("exact",))}
     if setting.device == "cuda":
         found["decode_fast"] = decode_alone, ("fast",)
@@ -549,7 +550,7 @@ def stages(setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[Any, .
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
-    """A function's result from a fresh process; what went wrong as text in a dict."""
+    """Return a function's result from a new process, or its error as text in a dict."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
@@ -558,7 +559,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def measure(setting: Setting, only: Sequence[str]) -> dict[str, Any]:
-    """Every measurement asked for, by name."""
+    """Return the results of the measurements asked for, by name."""
     results: dict[str, Any] = {}
     for name, (function, args) in stages(setting).items():
         if only and name not in only:
@@ -584,7 +585,7 @@ LABELS = {
 
 
 def rate(results: dict[str, Any], name: str) -> float:
-    """Images a second of a measurement; 0 where there is none."""
+    """Return the images per second of a measurement; 0 if it has none."""
     value = results.get(name, 0.0)
     if isinstance(value, dict):
         value = value.get("steady", value.get("images_per_second", 0.0))
@@ -592,7 +593,7 @@ def rate(results: dict[str, Any], name: str) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Measurements as Markdown; the last column is the flow's steady part divided by each."""
+    """Return the measurements as Markdown; the last column is the flow's steady part divided by each."""
     flow = rate(results, "flow")
     lines = ["| what | images/s | flow / this |", "|---|---:|---:|"]
     for name, label in LABELS.items():
@@ -606,7 +607,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def about_the_run(results: dict[str, Any]) -> Iterator[str]:
-    """What else is asked of the flow, a line each."""
+    """Yield a line for each other goal of the flow."""
     flow, call = results.get("flow", {}), results.get("command", {})
     if "busy_share" in flow:
         yield f"decoders {flow['decoders']}"
@@ -620,7 +621,7 @@ def about_the_run(results: dict[str, Any]) -> Iterator[str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return what the figures were measured on."""
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     return {
         "gpu": gpu,
@@ -631,13 +632,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting]:
-    """The command line and the setting it describes."""
-    from tasks.cluster import available_cores, count_gpus
+    """Parse the command line; return it and the setting it describes."""
+    from tasks.hardware import available_cores, count_gpus
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch14_clip_quickgelu_224.openai")
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=4096, help="samples a shard")
+    parser.add_argument("--samples", type=int, default=4096, help="samples per shard")
     parser.add_argument("--seconds", type=float, default=10, help="how long each part alone is measured")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights: as fast, and need no network")
     parser.add_argument("--batch-size", type=int, help="by default what the embedder chooses")
@@ -665,7 +666,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Make the shards, measure, print the table."""
+    """Make the shards, measure, print the table; return the exit status."""
     args, setting = parse(arguments)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     temporary = None if args.folder else tempfile.mkdtemp(prefix="throughput-")

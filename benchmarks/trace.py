@@ -1,7 +1,7 @@
-"""When each batch ran on its device, by the device's own clock.
+"""Note when each batch ran on its device, by the device's own clock.
 
-A worker leaves a file, a line a batch: its start and end in seconds after the first one's start, and its images. The
-last few batches may be missing.
+Each worker writes a file with one line per batch: its start and end, in seconds after the first batch's start, and the
+number of its images. The last few batches may be missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LINES = 16
-"""Batches that are written at a time."""
+"""Batches that are written at once."""
 _marks: list[tuple[Any, Any, int]] = []
 
 
@@ -25,21 +25,21 @@ class Busy(NamedTuple):
     images_per_second: float
     share: float
     longest_gap: float
-    """Seconds between two batches."""
+    """Return the seconds between two batches."""
     mean_gap: float
 
 
 def watch(folder: Path | None = None) -> None:
-    """Note from now on when each batch of this process starts and ends, in a file of `folder` if one is given."""
-    from embedders.engine import Engine
+    """Begin to note when each batch of this process starts and ends; write it to a file of `folder` if given."""
+    from embedders import engine
 
-    original = Engine._forward
+    original = engine._forward
     first: list[Any] = []
 
-    def forward(self: Engine, batch: Any) -> Any:
-        start = _mark(self.device)
-        result = original(self, batch)
-        _marks.append((start, _mark(self.device), len(batch.rows)))
+    def forward(session: Any, batch: Any) -> Any:
+        start = _mark(session.device)
+        result = original(session, batch)
+        _marks.append((start, _mark(session.device), len(batch.rows)))
         first[:] = first or [start]
         if folder is not None and len(_marks) >= 2 * LINES:  # the first of them have long ended
             with open(folder / f"{os.getpid()}.jsonl", "a") as file:
@@ -49,11 +49,11 @@ def watch(folder: Path | None = None) -> None:
             del _marks[:LINES]
         return result
 
-    Engine._forward = forward  # type: ignore[method-assign]
+    engine._forward = forward
 
 
 def _mark(device: str) -> Any:
-    """Now, on the host's clock, or once the device comes to it."""
+    """Return the time on the host's clock, or an event that records the device's."""
     if not device.startswith("cuda"):
         return time.perf_counter()
     import torch
@@ -64,7 +64,7 @@ def _mark(device: str) -> Any:
 
 
 def times() -> list[tuple[float, float, int]]:
-    """What was noted and not written; forgets it."""
+    """Return and forget the notes that are not written yet."""
     marks = list(_marks)
     _marks.clear()
     return _seconds(marks, marks[0][0]) if marks else []
@@ -78,26 +78,26 @@ def _seconds(marks: Sequence[tuple[Any, Any, int]], first: Any) -> list[tuple[fl
 
 
 def load(folder: Path) -> list[list[tuple[float, float, int]]]:
-    """What each worker left, workers without a batch left out."""
+    """Return the notes of each worker that had a batch."""
     files = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
     return [[(s, e, n) for s, e, n in map(json.loads, lines)] for lines in files if lines]
 
 
 def memory() -> tuple[float, float]:
-    """GB of memory of this process: its own, and pages of mapped files, which are the system's to drop."""
+    """Return the GB of this process: its own memory, and pages of mapped files, which the system can drop."""
     lines = Path("/proc/self/status").read_text().splitlines()
     sizes = {name: int(value.split()[0]) / 1e6 for name, value in (line.split(":") for line in lines if "kB" in line)}
     return sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"]
 
 
 def load_memory(folder: Path) -> list[list[tuple[float, float]]]:
-    """What each worker's memory was, as `memory` gives it, every LINES batches."""
+    """Return each worker's memory, as `memory` gives it, every LINES batches."""
     files = [path.read_text().splitlines() for path in sorted(folder.glob("*.memory"))]
     return [[(float(own), float(mapped)) for own, mapped in map(str.split, lines)] for lines in files]
 
 
 def busy(batches: Sequence[tuple[float, float, int]], skip: int = 0) -> Busy:
-    """The summary of one worker's batches after the first `skip`, in which a loader chooses and a cache warms."""
+    """Summarise one worker's batches after the first `skip`, in which the loader chooses and caches fill."""
     batches = batches[skip:]
     if len(batches) < 2:
         return Busy(0.0, 0.0, 0.0, 0.0)

@@ -1,8 +1,8 @@
-"""`python -m deployments.automations`: what the server does by itself when a run dies or fails.
+"""`python -m deployments.automations`: set up what the Prefect server does by itself when a run dies or fails.
 
-A run whose process is gone without a word (a node that lost its power) is marked as crashed once its heartbeats stay
-away; flows send them if PREFECT_FLOWS_HEARTBEAT_FREQUENCY is set for the worker. With --notify URL a failed or crashed
-run is posted there as JSON, as chat services take it.
+It marks a run as crashed if its heartbeats stop, for instance because its node lost power. Flows send heartbeats if
+PREFECT_FLOWS_HEARTBEAT_FREQUENCY is set for the worker. With --notify URL, the server posts each failed or crashed run
+there as JSON, in the form that chat services accept.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 HEARTBEAT = 30
-"""Seconds between two heartbeats of a flow run, the least that Prefect takes."""
+"""Seconds between two heartbeats of a flow run, the shortest time that Prefect accepts."""
 MISSED = 3
-"""Heartbeats that stay away before a run counts as dead."""
+"""A run counts as dead once it has missed this many heartbeats."""
 ENDED = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")]
 MESSAGE = """{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ ". " ~ flow_run.state.message) | tojson }} }"""
-ZOMBIES, FAILURES, BLOCK = "shard-embed: mark dead runs", "shard-embed: tell of failures", "shard-embed-notify"
+ZOMBIES, FAILURES, BLOCK = "shard-embed: mark dead runs", "shard-embed: report failures", "shard-embed-notify"
 
 
 def zombies() -> Automation:
-    """Mark a flow run as crashed whose heartbeats stay away."""
+    """Return the automation that marks a flow run as crashed once its heartbeats stop."""
     return Automation(
         name=ZOMBIES,
         trigger=EventTrigger(
@@ -44,14 +44,14 @@ def zombies() -> Automation:
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED, message="its process is gone; Retry does only what it left undone"
+                state=StateType.CRASHED, message="its process is gone; Retry does only what it left unfinished"
             )
         ],
     )
 
 
 def failures(url: str) -> Automation:
-    """Post every failed or crashed run to a URL."""
+    """Return the automation that posts every failed or crashed run to a URL."""
     block = Webhook(method="POST", url=url, allow_private_urls=True).save(BLOCK, overwrite=True)
     return Automation(
         name=FAILURES,
@@ -66,7 +66,7 @@ def failures(url: str) -> Automation:
 
 
 def put(automation: Automation) -> None:
-    """Create it, in place of one of the same name."""
+    """Create an automation on the server; it replaces one of the same name."""
     with contextlib.suppress(ValueError):
         there: Any = Automation.read(name=automation.name)
         there.delete()
@@ -74,9 +74,9 @@ def put(automation: Automation) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Put both in place."""
+    """Create the automations and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deployments.automations", description=__doc__.splitlines()[0])
-    parser.add_argument("--notify", metavar="URL", help="where failed runs are posted as JSON")
+    parser.add_argument("--notify", metavar="URL", help="post failed runs there as JSON")
     args = parser.parse_args(arguments)
     put(zombies())
     if args.notify:

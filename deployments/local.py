@@ -1,4 +1,4 @@
-"""`make up` and `make down`: a Prefect server, a worker and the deployments on this machine."""
+"""`make up` and `make down`: run a Prefect server, a worker and the deployments on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 POOL = "shard-embed"
-SECONDS = 90.0
+START_SECONDS = 90.0
+STOP_SECONDS = 30.0
 
 
 def up(home: Path, port: int, notify: str | None) -> int:
-    """Start what does not run yet, with all its files in `home`, and print where the UI is."""
+    """Start whatever does not run yet, print the UI's address, and return the exit status.
+
+    Args:
+        home: Folder for the database, logs and process ids.
+        port: Port of the server on loopback.
+        notify: URL to post failed runs to; None for none.
+    """
     home.mkdir(parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{port}"
     environment = {
@@ -45,29 +52,29 @@ def up(home: Path, port: int, notify: str | None) -> int:
             return 1
     if _running(home / "worker.pid") is None:
         _start(home / "worker", ["prefect", "worker", "start", "--pool", POOL], environment)
-    print(f"Prefect UI: {url}/deployments    logs: {home}/*.log    make down ends it")
+    print(f"Prefect UI: {url}/deployments    logs: {home}/*.log    stop it: make down")
     return 0
 
 
 def down(home: Path) -> int:
-    """End what `up` has started: the worker with the runs it has in hand, then the server."""
+    """Stop what `up` has started, the worker with its runs before the server; return the exit status."""
     for name in ("worker", "server"):
         file = home / f"{name}.pid"
         pid = _running(file)
         if pid is not None:
             os.killpg(pid, signal.SIGTERM)
-            until = time.monotonic() + 30
+            until = time.monotonic() + STOP_SECONDS
             while _running(file) is not None and time.monotonic() < until:
                 time.sleep(0.2)
             if _running(file) is not None:
                 os.killpg(pid, signal.SIGKILL)
-            print(f"{name} ended")
+            print(f"{name} stopped")
         file.unlink(missing_ok=True)
     return 0
 
 
 def _start(place: Path, command: Sequence[str], environment: dict[str, str]) -> None:
-    """Start a process; its output goes to `place`.log, its process id to `place`.pid."""
+    """Start a Python module in a session of its own; its output goes to `place`.log, its process id to `place`.pid."""
     with place.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -81,7 +88,7 @@ def _start(place: Path, command: Sequence[str], environment: dict[str, str]) -> 
 
 
 def _running(file: Path) -> int | None:
-    """The process whose id is in a file, if it is still that one."""
+    """Return the process id in a file if that process runs and is one of Prefect's; else None."""
     try:
         pid = int(file.read_text())
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -91,7 +98,8 @@ def _running(file: Path) -> int | None:
 
 
 def _wait(url: str, home: Path) -> None:
-    until = time.monotonic() + SECONDS
+    """Return once the server answers; exit if it dies or stays silent for too long."""
+    until = time.monotonic() + START_SECONDS
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):
@@ -103,12 +111,12 @@ def _wait(url: str, home: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Up or down."""
+    """Start or stop it all; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deployments.local", description=__doc__)
-    parser.add_argument("what", choices=("up", "down"))
-    parser.add_argument("--port", type=int, default=4200)
+    parser.add_argument("what", choices=("up", "down"), help="start or stop it all")
+    parser.add_argument("--port", type=int, default=4200, help="port of the server")
     parser.add_argument("--home", type=Path, default=Path(".prefect"), help="folder for database, logs and process ids")
-    parser.add_argument("--notify", metavar="URL", help="where failed runs are posted as JSON")
+    parser.add_argument("--notify", metavar="URL", help="post failed runs there as JSON")
     args = parser.parse_args(arguments)
     return up(args.home, args.port, args.notify) if args.what == "up" else down(args.home)
 

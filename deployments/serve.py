@@ -1,4 +1,4 @@
-"""`python -m deployments.serve`: the deployments of prefect.yaml from one process, without a work pool."""
+"""`python -m deployments.serve`: serve the deployments of prefect.yaml from one process, without a work pool."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ DECLARED = Path(__file__).with_name("prefect.yaml")
 
 
 def deployments(declared: Path = DECLARED) -> list[Any]:
-    """What prefect.yaml declares, as deployments that a process can serve."""
+    """Return the deployments that a prefect.yaml declares, for `prefect.serve`.
+
+    Args:
+        declared: The file, this folder's by default.
+    """
     return [_deployment(entry) for entry in yaml.safe_load(declared.read_text())["deployments"]]
 
 
 def _deployment(entry: dict[str, Any]) -> Any:
     path, _, name = entry["entrypoint"].partition(":")
-    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    flow = getattr(module, name)
     return flow.to_deployment(
         entry["name"],
         description=entry["description"],
@@ -32,11 +37,11 @@ def _deployment(entry: dict[str, Any]) -> Any:
     )
 
 
-def _schedule(said: dict[str, Any]) -> Schedule:
-    active = said.get("active", True)
-    if "cron" in said:
-        return Cron(said["cron"], timezone=said.get("timezone"), active=active)
-    return Interval(said["interval"], active=active)
+def _schedule(entry: dict[str, Any]) -> Schedule:
+    active = entry.get("active", True)
+    if "cron" in entry:
+        return Cron(entry["cron"], timezone=entry.get("timezone"), active=active)
+    return Interval(entry["interval"], active=active)
 
 
 if __name__ == "__main__":

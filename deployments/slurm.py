@@ -1,7 +1,7 @@
 """`python -m deployments.slurm --partition gpu --nodes 4 -- DATASET --output OUT …`: a run on GPUs of a Slurm cluster.
 
-Runs where jobs can be submitted and stays there: it is the run's client and Dask's scheduler. Each job is a node with
-one Dask worker a GPU, started by dask-cuda. What follows `--` is the command line of `flows.embed`.
+Start it where you can submit jobs, and leave it running: it is the run's client and Dask's scheduler. Each job is a
+node with one Dask worker per GPU, started by dask-cuda. Whatever follows `--` is the command line of `flows.embed`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.cluster import GPU_ENVIRONMENT, TASKS_A_GPU
+from tasks.own_cluster import GPU_ENVIRONMENT
+from tasks.worker_count import TASKS_PER_GPU_WORKER
 
 
 def cluster(args: argparse.Namespace) -> Any:
-    """The cluster, of which no job is submitted yet."""
+    """Return a SLURMCluster that has submitted no job yet.
+
+    Args:
+        args: The options of the command line; see `main`.
+
+    Raises:
+        SystemExit: dask-jobqueue is not installed.
+    """
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise SystemExit("error: dask-jobqueue is missing: pip install dask-jobqueue") from error
-    told = {name: os.environ[name] for name in ("PREFECT_API_URL",) if name in os.environ} | GPU_ENVIRONMENT
-    exported = [f"export {name}={shlex.quote(value)}" for name, value in told.items()]
+    environment = dict(GPU_ENVIRONMENT)
+    if "PREFECT_API_URL" in os.environ:
+        environment["PREFECT_API_URL"] = os.environ["PREFECT_API_URL"]
+    exported = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    arguments = {"--nthreads": str(TASKS_PER_GPU_WORKER), "--memory-limit": "0", "--device-memory-limit": "0"}
     return SLURMCluster(
         queue=args.partition,
         cores=args.cpus,
@@ -35,23 +46,25 @@ def cluster(args: argparse.Namespace) -> Any:
         job_script_prologue=[*exported, *args.prologue],
         worker_command="dask_cuda.cli",
         # A mapped tar counts as a worker's memory though the system can drop it at any time.
-        worker_extra_args=["--nthreads", str(TASKS_A_GPU), "--memory-limit", "0", "--device-memory-limit", "0"],
+        worker_extra_args=[word for option in arguments.items() for word in option],
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the jobs, run the flow on them, end them."""
+    """Start the jobs, run the flow on them, end them; return the exit status of `flows.embed`."""
     parser = argparse.ArgumentParser(prog="python -m deployments.slurm", description=__doc__.splitlines()[0])
     parser.add_argument("--partition", help="Slurm partition with the GPUs")
-    parser.add_argument("--nodes", type=int, default=1, help="jobs, one a node")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs a node")
-    parser.add_argument("--cpus", type=int, default=16, help="processor cores a node")
-    parser.add_argument("--memory", default="64GB", help="memory a node")
+    parser.add_argument("--nodes", type=int, default=1, help="number of jobs, one per node")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs per node")
+    parser.add_argument("--cpus", type=int, default=16, help="processor cores per node")
+    parser.add_argument("--memory", default="64GB", help="memory per node")
     parser.add_argument("--time", default="24:00:00", help="wall clock limit of a job")
     parser.add_argument("--interface", help="network interface that nodes share, such as ib0")
     parser.add_argument("--sbatch", action="append", default=[], metavar="DIRECTIVE", help="such as --account=me")
-    parser.add_argument("--prologue", action="append", default=[], metavar="LINE", help="shell line before the worker")
-    parser.add_argument("--print", action="store_true", help="print the job script and end")
+    parser.add_argument(
+        "--prologue", action="append", default=[], metavar="LINE", help="shell line to run before the worker"
+    )
+    parser.add_argument("--print", action="store_true", help="print the job script instead of submitting it")
     parser.add_argument("embed", nargs="*", help="after --: the command line of flows.embed")
     args = parser.parse_args(arguments)
     if not args.print and "PREFECT_API_URL" not in os.environ:

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from embedders.errors import InputError
-from embedders.fingerprint import NoFingerprint, of_classes, of_value
+from embedders.fingerprint import NoFingerprint, cached_properties, of_classes, of_value
 from embedders.ids import canonical_id
 from embedders.quarantine import Reason, Rejected
+from embedders.session import Session
+from embedders.shard_batch import Row, ShardBatch
 from embedders.webdataset import OpenShard
-
-
-class Row(NamedTuple):
-    """Where a vector belongs: the n-th shard of the stream, the n-th sample of that shard."""
-
-    shard: int
-    sample: int
-
-
-@dataclass(frozen=True)
-class ShardBatch:
-    """A batch for the model, with the place of each of its rows. `images` is whatever the model takes."""
-
-    images: Any
-    rows: Sequence[Row]
-    rejected: Sequence[Rejected] = field(default_factory=tuple)
 
 
 class ImageEmbedder(ABC):
@@ -43,6 +28,9 @@ class ImageEmbedder(ABC):
     image_component: str | None = None
     """The extension of the image to embed where samples have several; or several, such as "jpg,png": the first of them
     that a sample has."""
+
+    extra_columns: tuple[str, ...] = ()
+    """Names of the arrays that the model gives beside the vectors, if it gives a mapping; columns of the same layer."""
 
     execution_parameters: frozenset[str] = frozenset({"image_embedding_column", "use_index_files"})
     """Attributes that change how an embedder runs and not what vectors it gives: left out of its fingerprint."""
@@ -68,17 +56,36 @@ class ImageEmbedder(ABC):
 
     @abstractmethod
     def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
-        """The model, on `device` ("cuda" or "cpu"): a callable from a batch to (n, dimensions) vectors."""
+        """Load the model on a device.
+
+        Args:
+            device: "cuda" or "cpu".
+
+        Returns:
+            A callable that takes a batch of n images and returns an array (n, dimensions); or a mapping with this
+            array under the name `image_embedding_column`, and one (n, ...) for each of `extra_columns`.
+        """
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the layers that this embedder makes: the image vectors first, named by their column.
+
+        If there are several, the model gives a mapping that has an array (n, ...) for each.
+        """
+        return (self.image_embedding_column,)
 
     def __call__(self, dataset: Any) -> Any:
         """Ask a dataset to embed itself with this embedder; lazy, as the dataset decides."""
         return dataset.embed_with(self)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what the vectors depend on, as plain JSON: equal fingerprints give equal vectors.
+    def fingerprint(self, layer: str | None = None) -> dict[str, Any]:
+        """Return what a layer's values depend on, as plain JSON: equal fingerprints give equal values.
 
         It covers the source of every class between this one and ours, so whatever method they override, and every
         attribute that is not in `execution_parameters`.
+
+        Args:
+            layer: One of `layers`; by default the first.
 
         Raises:
             InputError: An attribute has no stable representation.
@@ -96,6 +103,7 @@ class ImageEmbedder(ABC):
             InputError: One has no stable representation.
         """
         kind = type(self).__name__
+        left_out = {*left_out, *cached_properties(type(self))}
         try:
             return {k: of_value(v, f"{kind}.{k}") for k, v in sorted(vars(self).items()) if k not in left_out}
         except NoFingerprint as why:
@@ -107,8 +115,20 @@ class ImageEmbedder(ABC):
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
-    def expect(self, images: int) -> None:  # noqa: B027  # most embedders do not care
-        """Told to the copy of a worker before it loads the model: about how many images that worker will see."""
+    def open(self, device: str, images: int = 0) -> Session:
+        """Load the model on this worker.
+
+        Args:
+            device: "cuda" or "cpu".
+            images: How many images this worker will probably see; 0 if unknown.
+
+        Example:
+            >>> session = MyEmbedder().open("cpu")  # doctest: +SKIP
+            >>> vectors = [session.model(batch.images) for batch in session.batches([open_shard("00000.tar")])]
+        """
+        session = Session(self, device, images)
+        _ = session.model
+        return session
 
     def not_finite(self, device: str) -> str:
         """Return one line that says why a sample whose vector holds NaN or infinity is quarantined, and what helps."""
@@ -117,11 +137,6 @@ class ImageEmbedder(ABC):
     @property
     def notice(self) -> str:
         """One line that a person should read before a run, or nothing."""
-        return ""
-
-    @property
-    def decoder(self) -> str:
-        """What decoded the images, as the records of shards say it; empty where that is the embedder's own affair."""
         return ""
 
     def precision_on(self, device: str) -> str:

@@ -1,13 +1,16 @@
-"""The batch size of a model on a GPU: the smallest on the flat part of its throughput, within the GPU's memory."""
+"""Choose a model's batch size: on a GPU the smallest on the flat part of its throughput, within the GPU's memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+AUTO_BATCH_SIZE = {"cuda": 256, "cpu": 32}
+"""Images per batch where nothing was asked for or measured."""
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 FLAT = 0.97
@@ -24,7 +27,7 @@ class Measured(NamedTuple):
 
 
 def choose(measured: Sequence[Measured]) -> Measured:
-    """The smallest batch size whose throughput is as good as the best."""
+    """Return the smallest batch size whose throughput is as good as the best."""
     best = max(rate for _, rate in measured)
     return next(m for m in sorted(measured) if m.rate >= FLAT * best)
 
@@ -43,10 +46,31 @@ def climb(rate_of: Callable[[int], float | None], sizes: Sequence[int] = SIZES) 
             return
 
 
-def best_batch(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor) -> Measured:
-    """The batch size for `model` on the GPU that `image`, (channels, height, width), is on; about a second.
+def measure(model: Callable[[torch.Tensor], Any], image: torch.Tensor, size: int | Literal["auto"]) -> Measured:
+    """Return the batch size to use on a GPU and what the model alone does with it.
 
-    :raises torch.OutOfMemoryError: not even the smallest batch fits.
+    Args:
+        model: The model on the GPU.
+        image: One input of shape (channels, height, width) on the GPU.
+        size: The batch size that was asked for; "auto" measures the best one.
+    """
+    import torch
+
+    if size == "auto":
+        return best_batch(model, image)
+    try:
+        rate = images_per_second(model, image.expand(size, *image.shape).contiguous())
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        rate = 0.0
+    return Measured(size, rate)
+
+
+def best_batch(model: Callable[[torch.Tensor], Any], image: torch.Tensor) -> Measured:
+    """Return the batch size for `model` on the GPU that `image`, (channels, height, width), is on; about a second.
+
+    Raises:
+        torch.OutOfMemoryError: Not even the smallest batch fits.
     """
     import torch
 
@@ -68,9 +92,9 @@ def best_batch(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
 
 
 def images_per_second(
-    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, warm_up: int = 2, batches: int = 3
+    model: Callable[[torch.Tensor], Any], images: torch.Tensor, warm_up: int = 2, batches: int = 3
 ) -> float:
-    """What `model` does with `images`, (n, channels, height, width), after `warm_up` batches, in `batches` or more."""
+    """Time `model` on `images`, (n, channels, height, width), after `warm_up` batches, in `batches` or more."""
     import torch
 
     def wait() -> None:

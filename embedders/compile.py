@@ -1,4 +1,4 @@
-"""A model made quick for one batch size: compiled where the run is long enough, recorded as a CUDA graph on a GPU.
+"""Make a model fast for one batch size: compiled where the run is long enough, recorded as a CUDA graph on a GPU.
 
 A vision transformer's forward pass starts some two hundred kernels. Beside a decoder that uses the same driver each
 start waits its turn, and the GPU waits with it; a graph is one start.
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from embedders.errors import is_out_of_memory
+from embedders.errors import is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +31,13 @@ class Prepared:
     """A model with a faster way for batches of up to the prepared size: `buffer`, (size, channels, height, width)."""
 
     def __init__(self, model: Forward, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
-        """`run` gives the model's output for what is in `buffer`, into memory that it may use again."""
+        """Take `run`, which gives the model's output for what is in `buffer`, in memory that it may use again."""
         self._model = model
         self._run = run
         self._buffer = buffer
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's output, one row an image, in memory of its own."""
+        """Return the model's output, one row per image, in memory of its own."""
         count, size = len(images), len(self._buffer)
         if count > size or 2 * count < size:
             return self._model(images)
@@ -46,7 +46,9 @@ class Prepared:
 
 
 def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike: float = ALIKE) -> Forward:
-    """The model's fastest way for batches like `images`, (size, channels, height, width), that gives the same vectors.
+    """Return the fastest form of a model that gives the same vectors, for batches like `images`.
+
+    `images` is (size, channels, height, width).
 
     What does not work for a model (no compiler, an operator that cannot be recorded, other vectors) is left out with a
     warning. Vectors are the same if their cosine is at least `alike`.
@@ -66,7 +68,7 @@ def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike:
             except Exception as error:  # no C compiler, no Triton, an operator it does not know …
                 if is_out_of_memory(error):
                     raise
-                logger.warning("the model is not compiled: %s", _one_line(error))
+                logger.warning("the model is not compiled: %s", one_line(error, limit=200))
                 forward = model
         if images.is_cuda:
             try:
@@ -76,7 +78,7 @@ def prepare(model: torch.nn.Module, images: torch.Tensor, compiled: bool, alike:
                 logger.warning("the model is not recorded as a CUDA graph: its memory is not there twice")
             except Exception as error:  # it waits for the GPU, or allocates by what it finds there
                 torch.cuda.synchronize()
-                logger.warning("the model is not recorded as a CUDA graph: %s", _one_line(error))
+                logger.warning("the model is not recorded as a CUDA graph: %s", one_line(error, limit=200))
         if run is None:
             return model
         agreement = torch.nn.functional.cosine_similarity(run().float().flatten(1), expected.flatten(1)).min()
@@ -97,7 +99,7 @@ def _calling(forward: Forward, buffer: torch.Tensor) -> Callable[[], torch.Tenso
 
 
 def _recorded(forward: Forward, buffer: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The kernels that `forward` starts for `buffer`, as one CUDA graph."""
+    """Record the kernels that `forward` starts for `buffer` as one CUDA graph."""
     import torch
 
     warm_up = torch.cuda.Stream()
@@ -116,7 +118,3 @@ def _recorded(forward: Forward, buffer: torch.Tensor) -> Callable[[], torch.Tens
         return output
 
     return run
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""The errors a person sees: one line that says what, where and what to do."""
+"""The errors that users see: one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import traceback
 
 
 class InputError(Exception):
-    """The call or its input is wrong. Nothing was written; the command line ends with status 2."""
+    """The call or its input is wrong. Nothing was written, and the command line ends with status 2."""
 
 
 class MalformedShard(Exception):
-    """A tar that cannot be read as one. Trying again does not help: the shard fails by name, the others go on."""
+    """A tar that cannot be read as one. It is not tried again; the shard fails by name, and the others go on."""
 
 
 def one_line(error: BaseException, limit: int | None = None, named: bool = False) -> str:
     """Return what an error says, as one line.
 
     Args:
-        error: Any exception. One without a text is called by its class.
-        limit: The most characters of the line; None for all.
+        error: Any exception. If it has no text, the line is the name of its class.
+        limit: Length at which the line is cut, in characters; None to cut nothing.
         named: Begin with the error's class, as in "ValueError: no such mode".
 
     Example:
@@ -31,7 +31,7 @@ def one_line(error: BaseException, limit: int | None = None, named: bool = False
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, on whatever device: Python, numpy, Pillow and torch say so differently."""
+    """Return whether an error means that memory ran out, on any device: in Python, numpy, Pillow or torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for a name
         return True
     # torch's allocator for CPUs raises a plain RuntimeError
@@ -39,11 +39,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def drop_locals(error: BaseException) -> None:
-    """Free what the functions that an error has left still hold: mapped files, vectors, batches.
+    """Free the local variables that an error keeps alive: mapped files, vectors, batches.
 
-    An error keeps the frames it went through, and a frame keeps its variables and its caller. Where one of them
-    refers to the error again, as in `raise told from error` with both the same, none of it goes before garbage is
-    collected, which is seldom here. The lines of the traceback stay. Call it where an error is caught for good.
+    An error keeps the frames it went through, and a frame keeps its variables. If one of these refers to the error
+    again, only the garbage collector frees them, which seldom runs here. The lines of the traceback stay. Call this
+    where an error is finally handled.
+
+    Args:
+        error: The error. Its causes are treated too.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

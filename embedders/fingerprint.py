@@ -50,6 +50,17 @@ def of_value(value: Any, name: str = "value") -> Any:
     return first
 
 
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits that identify a plain JSON value.
+
+    Example:
+        >>> digest({"model": "resnet50"}) == digest({"model": "resnet50"})
+        True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def of_value_or_type(value: Any) -> Any:
     """Return the value's fingerprint, or the name of its type where it has none."""
     try:
@@ -74,6 +85,11 @@ def of_classes(kind: type, base: type) -> dict[str, str]:
     """
     ours = set(base.__mro__)
     return {f"{i} {k.__qualname__}": of_class(k) for i, k in enumerate(kind.__mro__) if k not in ours}
+
+
+def cached_properties(kind: type) -> frozenset[str]:
+    """Return the names of a class's cached properties: functions of its code and attributes, so they come with use."""
+    return frozenset(k for c in kind.__mro__ for k, v in vars(c).items() if isinstance(v, functools.cached_property))
 
 
 _CODE = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)

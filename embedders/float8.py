@@ -21,7 +21,7 @@ SMALLEST_SIDE = 512
 
 
 def row_scales(rows: torch.Tensor, largest: float) -> torch.Tensor:
-    """What each row of (n, features) is divided by, so that it reaches `largest` and not beyond: (n, 1), float32."""
+    """Return what to divide each row of (n, features) by so that it just reaches `largest`: (n, 1), float32."""
     return (rows.abs().amax(dim=1, keepdim=True).float() / largest).clamp(min=1e-12)
 
 
@@ -39,7 +39,7 @@ class Float8Linear(nn.Module):
         self.scale: torch.Tensor
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(…, in features) to (…, out features), of the same dtype."""
+        """Take (…, in features) and return (…, out features), of the same dtype."""
         rows = tokens.flatten(0, -2)
         scale = row_scales(rows, LARGEST)
         eight = (rows / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
@@ -52,7 +52,8 @@ class Float8Linear(nn.Module):
 def to_float8(model: nn.Module, device: str) -> nn.Module:
     """Put Float8Linear in place of the large linear layers of the blocks of a model that lies on `device`.
 
-    :raises InputError: the device cannot multiply so, or the model has no such layer.
+    Raises:
+        InputError: The device cannot multiply so, or the model has no such layer.
     """
     if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError("precision float8 needs a GPU of compute capability 8.9 or newer (H100, L40S, RTX 4090)")

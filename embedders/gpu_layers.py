@@ -1,4 +1,4 @@
-"""A model rewritten for a GPU: equal in what it computes, quicker where its libraries do badly.
+"""Rewrite a model for a GPU: equal in what it computes, quicker where its libraries do badly.
 
 Both cost nothing where a model has no such part, and nothing has to be compiled. Of the 19 ms that 512 images of CLIP's
 ViT-B/32 take on an H100, cuDNN's convolution of the patches is 4.2, and QuickGELU as three passes over memory 4.4.
@@ -41,7 +41,7 @@ class Patches(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, channels, height, width) to (n, out channels, rows, columns)."""
+        """Take (n, channels, height, width) and return (n, out channels, rows, columns)."""
         n, channels, height, width = images.shape
         rows, columns = height // self.size[0], width // self.size[1]
         images = images[..., : rows * self.size[0], : columns * self.size[1]]
@@ -51,7 +51,7 @@ class Patches(nn.Module):
 
 
 def _cuts_patches(module: nn.Module) -> bool:
-    """Whether a module is a convolution without overlap, padding or groups, of patches large enough to matter."""
+    """Return whether a module is a convolution of large patches, without overlap, padding or groups."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == module.stride
@@ -63,7 +63,7 @@ def _cuts_patches(module: nn.Module) -> bool:
 
 
 def _quick_gelus(model: nn.Module) -> Iterator[tuple[nn.Linear, str, nn.Linear]]:
-    """The layers before and after each QuickGELU, and the activation's name, in timm's MLPs."""
+    """Yield the layers before and after each QuickGELU, and the activation's name, in timm's MLPs."""
     from timm.layers import Mlp, QuickGELU
 
     for name, module in list(model.named_modules()):

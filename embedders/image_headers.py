@@ -188,14 +188,13 @@ def _why_not_scans(view: memoryview, position: int, allowed: frozenset[int]) -> 
 
 
 def _scan_ends(view: memoryview, start: int) -> list[int]:
-    """The positions from `start` on at which entropy-coded data would end; 7 microseconds for 50 kB.
+    """The positions from `start` on at which entropy-coded data would end; 6 microseconds for 50 kB.
 
     Most bytes FF are followed by 00, so numpy leaves these out, and `find` goes from one of the few others to the next.
     """
     data = np.frombuffer(view, np.uint8, offset=min(start, len(view)))
-    marked = data[:-1] == 0xFF
-    marked &= data[1:] > 0
-    flags, found = marked.tobytes(), []
+    marked = (data[:-1] == 0xFF).view(np.uint8)
+    flags, found = np.minimum(marked, data[1:], out=marked).tobytes(), []  # 1 for an FF before any byte but 00
     position = flags.find(1)
     while position >= 0:
         if _ENDS_SCAN[data[position + 1]]:

@@ -1,7 +1,7 @@
 """What passes between a shard and a model: encoded samples in, batches of preprocessed images out.
 
 A loader outlives shards: it takes one endless stream of samples, whatever shards they come from, and every
-sample comes back exactly once, either as a row of a batch or as a rejection.
+sample comes back exactly once per model, either as a row of a batch or as a rejection.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from embedders.quarantine import Rejected
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from embedders.image_headers import ImageHeader
-from embedders.quarantine import Rejected
+    from embedders.preprocess import Preprocessing, Transform
 
 
 class Encoded(NamedTuple):
@@ -27,6 +29,19 @@ class Encoded(NamedTuple):
     tag: Hashable
     data: np.ndarray
     header: ImageHeader | None = None
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What one model, or several alike, want of each decoded image."""
+
+    transform: Transform
+    """From a PIL image to (channels, height, width), float: the definition of what is right."""
+    preprocessing: Preprocessing | None = None
+    """The same as a value, which DALI needs. The reference loader only uses it to refuse images whose resize would
+    explode or leave nothing, so for a transform that has no such form give its `embedders.preprocess.sizes`."""
+    dtype: torch.dtype | None = None
+    """float32 if None, or float16."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,17 @@ class LoadedBatch:
 
 
 class Loader(Protocol):
-    """Decodes and preprocesses samples. Built once a worker; `batches` may be called again and again, one at a time."""
+    """Decode each sample once and preprocess it for one or several inputs.
 
-    def batches(self, samples: Iterable[Encoded]) -> Iterator[LoadedBatch]:
-        """Yield batches of at most the loader's batch size; every sample is in one batch's tags or rejections."""
+    Built once per worker; `batches` may be called again and again, one at a time.
+    """
+
+    def batches(self, samples: Iterable[Encoded]) -> Iterator[tuple[LoadedBatch, ...]]:
+        """Yield one batch per input, of the same samples and at most the loader's batch size.
+
+        Every sample is in the tags or the rejections of each of them. An image that one input rejects, such as one too
+        thin for its resize, may be a row of another, so the batches of a tuple may differ in their rows.
+        """
         ...
 
     def close(self) -> None:

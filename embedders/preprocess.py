@@ -2,8 +2,8 @@
 
 timm describes how a model wants its images as a small dictionary (`timm.data.resolve_data_config`) and builds a
 chain of torchvision transforms from it. `Preprocessing` is that dictionary checked and frozen, so that it can be
-compared, fingerprinted and built into other operators than torchvision's: `embedders.dali` needs the size after the
-resize and the origin of the crop of every image, to the pixel, before anything is decoded.
+compared, fingerprinted and built into other operators than torchvision's: `embedders.dali_operators` needs the size
+after the resize and the origin of the crop of every image, to the pixel, before anything is decoded.
 
 Importing this module is cheap: timm, torch and torchvision are imported by the functions that need them.
 """
@@ -107,7 +107,7 @@ class Preprocessing:
 
     @classmethod
     def from_timm(cls, data_config: Mapping[str, Any]) -> Preprocessing:
-        """The value of a data config as `timm.data.resolve_data_config` returns it.
+        """Return the value of a data config as `timm.data.resolve_data_config` returns it.
 
         Raises NotConvertible if `timm.data.create_transform` would build something else from it than resize, centre
         crop and normalisation with the filters of `Interpolation`. Missing keys have `create_transform`'s defaults.
@@ -136,7 +136,7 @@ class Preprocessing:
         return value
 
     def to_timm(self) -> dict[str, Any]:
-        """The keyword arguments for `timm.data.create_transform`."""
+        """Return the keyword arguments for `timm.data.create_transform`."""
         return {
             "input_size": (self.channels, self.height, self.width),
             "interpolation": str(self.interpolation),
@@ -147,16 +147,16 @@ class Preprocessing:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain lists, numbers and strings; equal values give equal JSON."""
+        """Return the same as plain lists, numbers and strings; equal values give equal JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.to_timm().items()}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_json`."""
+        """Return the value that `to_json` wrote."""
         return cls.from_timm(plain)
 
     def transform(self) -> Transform:
-        """timm's own transform of it: PIL image of mode `mode` in, float32 (channels, height, width) out."""
+        """Return timm's own transform: PIL image of mode `mode` in, float32 (channels, height, width) out."""
         return timm_transform(self.to_timm())
 
     @property
@@ -183,12 +183,12 @@ class Preprocessing:
         return smaller or self.crop_mode is CropMode.BORDER
 
     def geometry(self, height: int, width: int) -> Geometry:
-        """Where timm's transform takes the pixels of an image of height x width from."""
+        """Return where timm's transform takes the pixels of an image of height x width from."""
         one = self.geometries(np.array([height]), np.array([width]))
         return Geometry(*(int(values[0]) for values in one))
 
     def geometries(self, heights: np.ndarray, widths: np.ndarray) -> Geometries:
-        """`geometry` of n images at once: positive integers of shape (n,) in.
+        """Return the `geometry` of n images at once: positive integers of shape (n,) in.
 
         Floats are computed in the order torchvision and timm compute them, for the same rounding:
         torchvision.transforms.functional._compute_resized_output_size and center_crop,
@@ -212,7 +212,7 @@ class Preprocessing:
 
 
 def sizes(data_config: Mapping[str, Any]) -> Preprocessing:
-    """What is known of the sizes that a data config's transform makes, whether or not the rest can be expressed.
+    """Return what is known of the sizes that a data config's transform makes, whether or not the rest can be expressed.
 
     Its `geometry` is the transform's as far as the number of pixels goes: that depends neither on the filter nor on the
     channels. Crop modes that are not known keep the aspect as `CropMode.CENTER` does.
@@ -225,7 +225,7 @@ def sizes(data_config: Mapping[str, Any]) -> Preprocessing:
 
 
 def timm_transform(data_config: Mapping[str, Any]) -> Transform:
-    """timm's own evaluation transform of a data config, whether or not it can be a `Preprocessing`."""
+    """Return timm's own evaluation transform of a data config, whether or not it can be a `Preprocessing`."""
     from timm.data.transforms_factory import create_transform
 
     return create_transform(**data_config, is_training=False)

@@ -11,13 +11,16 @@ import os
 import posixpath
 import re
 import zlib
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from embedders.byte_columns import byte_column, text
 from embedders.errors import MalformedShard
-from embedders.samples import NONE_IGNORED, Component, KeyDot, Sample, TarIndex, split_name, without_dot_folder
-from embedders.tar_headers import END_MARK, LONGEST_END, PlainTar, plain_members
+from embedders.samples import KeyDot, MemberKinds, Members, TarIndex, index_members
+from embedders.tar_headers import END_MARK, LONGEST_END, REGULAR, plain_members
 
 BLOCK = 512
 _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
@@ -35,108 +38,107 @@ _OTHER_FORMATS = (
 )
 
 
-class _Member(NamedTuple):
-    name: str
-    type: int
-    offset: int
-    size: int
-    link: str
+class _Found:
+    """Members as they are found one by one; a link has the name that it points to."""
+
+    def __init__(self) -> None:
+        self.names, self.kinds = bytearray(), bytearray()
+        self.ends, self.offsets, self.sizes = array("q", [0]), array("q"), array("q")
+        self.links: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def add(self, name: str, kind: int, offset: int, size: int) -> None:
+        """Add a member."""
+        self.names += name.encode("utf-8", "surrogateescape")
+        self.ends.append(len(self.names))
+        self.kinds.append(kind)
+        self.offsets.append(offset)
+        self.sizes.append(size)
+
+    def index(self, key_dot: KeyDot, doubt: str = "") -> TarIndex:
+        """Return the index of these members; a link is the member that it points to."""
+        offsets, sizes = np.array(self.offsets, np.int64), np.array(self.sizes, np.int64)
+        members = Members(byte_column(bytes(self.names), np.array(self.ends, np.int64)), offsets, sizes)
+        kinds = np.frombuffer(bytes(self.kinds), np.uint8)
+        others = ~np.isin(kinds, REGULAR)
+        if self.links:
+            names = [text(raw) for raw in members.names.to_pylist()]
+            last = {posixpath.normpath(name): i for i, name in enumerate(names)}
+            for i in self.links:
+                place = self._target(i, names, last)
+                if place is not None:
+                    others[i], (offsets[i], sizes[i]) = False, place
+        return index_members(members, key_dot, MemberKinds(others, kinds == ord("5")), doubt)
+
+    def _target(self, i: int, names: Sequence[str], last: Mapping[str, int]) -> tuple[int, int] | None:
+        """Offset and size of what a link points to, (0, 0) for what the tar does not hold; None for a device or so."""
+        for _ in range(_HOPS):
+            if self.kinds[i] in _REGULAR:
+                return self.offsets[i], self.sizes[i]
+            if self.kinds[i] not in _LINKS:
+                return None
+            folder = posixpath.dirname(names[i]) if self.kinds[i] == _SYMBOLIC_LINK else ""
+            found = last.get(posixpath.normpath(posixpath.join(folder, self.links[i])))
+            if found is None or self.kinds[found] == ord("5"):
+                return 0, 0
+            i = found
+        return 0, 0
 
 
 def read_tar(data: Sequence[int] | mmap.mmap | bytes, where: str = "tar", key_dot: KeyDot = "first") -> TarIndex:
     """Index the samples of a tar held in memory or mapped.
 
-    :param data: the whole file's bytes.
-    :param where: how errors name it.
-    :param key_dot: which dot of a file name ends the sample's key.
-    :raises MalformedShard: a header that is none, a member that reaches past the end, or data after the end.
+    Args:
+        data: The whole file's bytes.
+        where: How errors name it.
+        key_dot: Which dot of a file name ends the sample's key.
+
+    Raises:
+        MalformedShard: A header that is none, a member that reaches past the end, or data after the end.
     """
     if isinstance(data, mmap.mmap | bytes):
-        index = _plain_index(plain_members(lambda at, size: data[at : at + size], len(data)), key_dot)
-        if index is not None:
-            return index
-    members: list[_Member] = []
+        members = plain_members(lambda at, size: data[at : at + size], len(data))
+        if members is not None:
+            return index_members(members, key_dot)
+    found = _Found()
     try:
-        doubt = _walk(data, members)
+        doubt = _walk(data, found)
     except MalformedShard as error:
-        samples = len(_grouped(members, key_dot).samples)
+        samples = len(found.index(key_dot).samples)
         after = f"after {samples:,} samples: " if samples else ""
         raise MalformedShard(f"{where}: {after}{error}") from None
-    return replace(_grouped(members, key_dot), doubt=doubt)
+    return found.index(key_dot, doubt)
 
 
 def read_tar_file(path: str | os.PathLike[str], where: str, key_dot: KeyDot = "first") -> TarIndex:
     """Index the samples of a local tar; what lies between its headers is not read.
 
-    :param where: how errors name it.
-    :raises MalformedShard: as `read_tar`.
+    Args:
+        path: The tar.
+        where: How errors name it.
+        key_dot: Which dot of a file name ends the sample's key.
+
+    Raises:
+        MalformedShard: As `read_tar`.
     """
     with open(path, "rb") as file:
         number = file.fileno()
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)  # the system would read the images between the headers too
         members = plain_members(lambda at, size: os.pread(number, size, at), os.fstat(number).st_size)
-    index = _plain_index(members, key_dot)
-    return read_tar(map_tar(path), where, key_dot) if index is None else index
+    return read_tar(map_tar(path), where, key_dot) if members is None else index_members(members, key_dot)
 
 
-def _plain_index(members: PlainTar | None, key_dot: KeyDot) -> TarIndex | None:
-    """The index of an ordinary tar; None if it is none, or some member is part of no sample."""
-    if members is None:
-        return None
-    find = str.find if key_dot == "first" else str.rfind
-    grouped: dict[str, list[Component]] = {}
-    for name, offset, size in zip(*members, strict=True):
-        start = name.rfind("/") + 1  # `split_name`, without the price of a call for each member
-        dot = find(name, ".", start)
-        if dot <= start or dot == len(name) - 1 or name[start] == ".":
-            return None
-        component = Component(name[dot + 1 :], offset, size, name)
-        key = name[:dot] if name[0] != "." else without_dot_folder(name[:dot])
-        if key in grouped:
-            grouped[key].append(component)
-        else:
-            grouped[key] = [component]
-    return TarIndex(tuple([Sample(key, tuple(components)) for key, components in grouped.items()]))
-
-
-def _grouped(members: Sequence[_Member], key_dot: KeyDot) -> TarIndex:
-    """The samples that members make up; a link is the member that it points to."""
-    grouped: dict[str, list[Component]] = {}
-    ignored = NONE_IGNORED
-    linked = any(member.type in _LINKS for member in members)
-    named = {posixpath.normpath(member.name): member for member in members} if linked else {}
-    for member in members:
-        target = (member.offset, member.size) if member.type in _REGULAR else _target(member, named)
-        split = split_name(member.name, key_dot)
-        if split is None or target is None:
-            if member.type != ord("5") and not member.name.endswith("/"):  # nobody misses a directory; v7's end in "/"
-                ignored = ignored.and_one(member.name)
-            continue
-        key, extension = split
-        grouped.setdefault(key, []).append(Component(extension, *target, member.name))
-    return TarIndex(tuple(Sample(key, tuple(components)) for key, components in grouped.items()), ignored)
-
-
-def _target(member: _Member, named: Mapping[str, _Member]) -> tuple[int, int] | None:
-    """Offset and size of a member's data, (0, 0) for a link to what the tar does not hold; None for a device or so."""
-    for _ in range(_HOPS):
-        if member.type in _REGULAR:
-            return member.offset, member.size
-        if member.type not in _LINKS:
-            return None
-        folder = posixpath.dirname(member.name) if member.type == _SYMBOLIC_LINK else ""
-        found = named.get(posixpath.normpath(posixpath.join(folder, member.link)))
-        if found is None or found.type == ord("5"):
-            return 0, 0
-        member = found
-    return 0, 0
-
-
-def _walk(data: Any, members: list[_Member]) -> str:
+def _walk(data: Any, members: _Found) -> str:
     """Walk the headers of a tar; long names and PAX records are folded into the member they describe.
 
-    :param members: gets the members, as many as there are before an error.
-    :return: why members may be missing at the end, or nothing.
+    Args:
+        data: The whole file's bytes.
+        members: Gets the members, as many as there are before an error.
+
+    Returns:
+        Why members may be missing at the end, or nothing.
     """
     end, at = len(data), 0
     described: dict[str, str] = {}
@@ -163,10 +165,9 @@ def _walk(data: Any, members: list[_Member]) -> str:
             described |= _description(kind, data[start : start + size], at)
         elif kind != ord("g"):
             name = described.get("path") or described.get("L") or _header_name(header)
-            link = ""
             if kind in _LINKS:
-                link = described.get("linkpath") or described.get("K") or _text(header[157:257])
-            members.append(_Member(name, kind, start, size, link))
+                members.links[len(members)] = described.get("linkpath") or described.get("K") or _text(header[157:257])
+            members.add(name, kind, start, size)
             described = {}
         at = start + -(-size // BLOCK) * BLOCK
     return _check_end(data, at, whole=not described, empty=not members)
@@ -185,10 +186,15 @@ def _description(kind: int, data: bytes, at: int) -> dict[str, str]:
 def _check_end(data: Any, at: int, *, whole: bool, empty: bool) -> str:
     """Prove that a tar ends where its members do: in two blocks of zeros or more, or with its last byte.
 
-    :param at: the first byte after the last member.
-    :param whole: whether no long name or PAX header waits for its member.
-    :return: why members may be missing, or nothing. A missing mark is none of the reasons to refuse a tar: some
-        writers leave it out, and what there is of its last member is all of it.
+    Args:
+        data: The whole file's bytes.
+        at: The first byte after the last member.
+        whole: Whether no long name or PAX header waits for its member.
+        empty: Whether there are no members.
+
+    Returns:
+        Why members may be missing, or nothing. A missing mark is none of the reasons to refuse a tar: some writers
+        leave it out, and what there is of its last member is all of it.
     """
     end = len(data)
     more = _first_byte(data, at)
@@ -291,7 +297,8 @@ def _pax_size(value: str, at: int) -> int:
 def map_tar(path: str | os.PathLike[str]) -> mmap.mmap:
     """Map a local tar for reading.
 
-    :raises MalformedShard: the file is empty.
+    Raises:
+        MalformedShard: The file is empty.
     """
     with open(path, "rb") as file:
         try:

@@ -2,22 +2,26 @@
 
 Nearly every WebDataset shard holds nothing but regular files with short names. Their headers are found by following
 sizes from one to the next, and are checked and split as one array. Of any other tar, and of one that is damaged, this
-says nothing: `embedders.webdataset` reads it member by member.
+says nothing: `embedders.tar` reads it member by member.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+
+from embedders.byte_columns import byte_column, joined
+from embedders.samples import Members
 
 BLOCK = 512
 SIZE, CHECKSUM, TYPE, PREFIX = 124, 148, 156, 345
 REGULAR = np.frombuffer(b"0\x007", np.uint8)
 EIGHTS = 8 ** np.arange(5, -1, -1, dtype=np.int64)
-HEADERS_AT_ONCE = 1 << 14
-"""8 MB of them."""
+HEADERS_AT_ONCE = 1 << 12
+"""2 MB of them."""
 END_MARK = 2 * BLOCK
 """Zero bytes at the end of a tar, at least."""
 LONGEST_END = END_MARK + 20 * BLOCK
@@ -26,22 +30,16 @@ WINDOW = 4096
 """Bytes of one request: a sample's text and json mostly lie in one with the headers of all three."""
 
 
-class PlainTar(NamedTuple):
-    """The members of a tar, in its order: names as UTF-8 with surrogate escapes, offsets and sizes in bytes."""
+def plain_members(read: Callable[[int, int], bytes], end: int) -> Members | None:
+    """Return the members of a whole tar that holds regular files with names of up to 100 bytes; None for any other.
 
-    names: list[str]
-    offsets: list[int]
-    sizes: list[int]
-
-
-def plain_members(read: Callable[[int, int], bytes], end: int) -> PlainTar | None:
-    """The members of a whole tar that holds regular files with names of up to 100 bytes; None for any other.
-
-    :param read: gives so many bytes from a place in the tar, fewer at its end.
-    :param end: the tar's bytes.
+    Args:
+        read: Returns so many bytes from a place in the tar, fewer at its end.
+        end: The tar's bytes.
     """
-    members = PlainTar([], [], [])
+    offsets, sizes = array("q"), array("q")
     headers: list[bytes] = []
+    names: list[pa.LargeBinaryArray] = []
     at, start, window = 0, 0, b""
     while at + BLOCK <= end:
         if at + BLOCK > start + len(window):
@@ -50,20 +48,19 @@ def plain_members(read: Callable[[int, int], bytes], end: int) -> PlainTar | Non
         try:
             size = int(header[SIZE : SIZE + 11], 8)
         except ValueError:
-            names = _names(headers) if _ends(read, at, end) else None
-            return None if names is None else members._replace(names=members.names + names)
+            if not _ends(read, at, end) or not _read_names(headers, names):
+                return None
+            return Members(joined(names), np.frombuffer(offsets, np.int64), np.frombuffer(sizes, np.int64))
         at += BLOCK
-        members.offsets.append(at)
-        members.sizes.append(size)
+        offsets.append(at)
+        sizes.append(size)
         headers.append(header)
         if size < 0 or at + size > end:
             return None
         at += (size + BLOCK - 1) & -BLOCK
         if len(headers) == HEADERS_AT_ONCE:
-            names = _names(headers)
-            if names is None:
+            if not _read_names(headers, names):
                 return None
-            members.names.extend(names)
             headers = []
     return None  # no mark at the end
 
@@ -73,24 +70,23 @@ def _ends(read: Callable[[int, int], bytes], at: int, end: int) -> bool:
     return END_MARK <= end - at <= LONGEST_END and not read(at, LONGEST_END).strip(b"\0")
 
 
-def _names(headers: list[bytes]) -> list[str] | None:
-    """The names in some headers; None unless each is that of a regular file and its checksum holds."""
-    if not headers:
-        return []
-    array = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    octal = array[:, CHECKSUM : CHECKSUM + 6].astype(np.int64) - ord("0")
-    summed = array.sum(axis=1, dtype=np.uint32) - array[:, CHECKSUM : CHECKSUM + 8].sum(axis=1, dtype=np.uint32)
+def _read_names(headers: list[bytes], names: list[pa.LargeBinaryArray]) -> bool:
+    """Append the names in some headers; False unless each is that of a regular file and its checksum holds."""
+    fields = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    octal = fields[:, CHECKSUM : CHECKSUM + 6].astype(np.int64) - ord("0")
+    summed = fields.sum(axis=1, dtype=np.uint32) - fields[:, CHECKSUM : CHECKSUM + 8].sum(axis=1, dtype=np.uint32)
+    used = fields[:, :100] > 0
     ordinary = (
         ((octal >= 0) & (octal < 8)).all()
         and (octal @ EIGHTS == summed + 8 * ord(" ")).all()
-        and (array[:, CHECKSUM + 6] == 0).all()
-        and ((array[:, SIZE + 11] == 0) | (array[:, SIZE + 11] == ord(" "))).all()
-        and np.isin(array[:, TYPE], REGULAR).all()
-        and not array[:, PREFIX].any()
-        and array[:, 0].all()
+        and (fields[:, CHECKSUM + 6] == 0).all()
+        and ((fields[:, SIZE + 11] == 0) | (fields[:, SIZE + 11] == ord(" "))).all()
+        and np.isin(fields[:, TYPE], REGULAR).all()
+        and not fields[:, PREFIX].any()
+        and used[:, 0].all()
+        and not (used[:, 1:] > used[:, :-1]).any()  # a NUL within a name: it ends there
     )
-    if not ordinary:
-        return None
-    raw = np.ascontiguousarray(array[:, :100]).view("S100").ravel().tolist()
-    names = b"\0".join(raw).decode("utf-8", "surrogateescape").split("\0")
-    return names if len(names) == len(raw) else None  # a NUL within a name: it ends there
+    if ordinary:
+        offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
+        names.append(byte_column(fields[:, :100][used], offsets))
+    return bool(ordinary)

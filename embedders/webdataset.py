@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import itertools
 import json
 import mmap
 import operator
@@ -18,11 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from embedders.byte_columns import blocks, printable_column, text
 from embedders.ids import canonical_id
 from embedders.image_headers import ImageHeader, inspect
 from embedders.quarantine import Reason
-from embedders.samples import NONE_IGNORED, Component, Ignored, KeyDot, Sample, TarIndex
+from embedders.samples import (
+    NONE_IGNORED,
+    Component,
+    Ignored,
+    KeyDot,
+    Sample,
+    TarIndex,
+    chosen_extensions,
+    is_image,
+)
 from embedders.tar import map_tar, read_tar
 
 READ_AHEAD = 4 << 30
@@ -34,21 +47,25 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _EXTENSION = operator.itemgetter(0)
 
 
+HEADER = np.dtype([("width", "u4"), ("height", "u4"), ("dali", "u1"), ("metadata", "u1")])
+"""An image's header: width and height in pixels (a PNG can claim 2^32 a side), whether DALI decodes the image as Pillow
+does, and whether it carries metadata; see `embedders.image_headers.ImageHeader`."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """A shard's n samples as columns, in the order of the tar: what a loader and the account ask of them."""
 
-    ids: tuple[str, ...]
-    """Each sample's json `id_col`, else its key, as text: ids join by value whatever their type."""
-    members: tuple[str, ...]
-    """The name of each sample's image in the tar, or of its first member where no image is chosen."""
+    ids: pa.LargeStringArray
+    """(n,) each sample's json `id_col`, else its key, as text: ids join by value whatever their type."""
+    members: pa.LargeBinaryArray
+    """(n,) the name of each sample's image in the tar, or of its first member where no image is chosen."""
     places: np.ndarray
     """(n, 2) int64: offset and size of the image in bytes, 0 and 0 where there is none."""
     unusable: dict[int, tuple[Reason, str]]
     """The samples that no loader need look at: no image, several, an empty one, or an id that was there before."""
     headers: np.ndarray | None = None
-    """(n, 4) int64, if they were read (a PNG can claim 2^32 pixels a side): width and height in pixels, whether DALI
-    decodes the image as Pillow does, and whether it carries metadata; see `embedders.image_headers.ImageHeader`."""
+    """(n,) `HEADER`, if they were read."""
     ignored: Ignored = NONE_IGNORED
     """The members that are part of no sample."""
     doubt: str = ""
@@ -67,9 +84,22 @@ class OpenShard:
     key_dot: KeyDot = "first"
 
     @property
+    def count(self) -> int:
+        """The number of samples."""
+        return len(self.samples.ids)
+
+    @functools.cached_property
     def ids(self) -> tuple[str, ...]:
-        """The id of each sample."""
-        return self.samples.ids
+        """The id of each sample, as Python objects, which take memory: `id_of` and `ids_at` take none."""
+        return tuple(self.samples.ids.to_pylist())
+
+    def id_of(self, i: int) -> str:
+        """Return the id of a sample."""
+        return str(self.samples.ids[i].as_py())
+
+    def ids_at(self, positions: np.ndarray) -> pa.StringArray:
+        """Return the ids of some samples, (k,) string, from their positions, (k,) int64."""
+        return self.samples.ids.take(pa.array(positions, pa.int64())).cast(pa.string())
 
     @property
     def unusable(self) -> dict[int, tuple[Reason, str]]:
@@ -88,23 +118,27 @@ class OpenShard:
 
     def member_of(self, i: int) -> str:
         """The name of a sample's image in the tar, or of its first member where no image is chosen."""
-        return self.samples.members[i]
+        return text(self.samples.members[i].as_py())
 
     def encoded(self) -> Iterator[tuple[int, np.ndarray, ImageHeader | None]]:
         """Every image worth looking at: its sample, its bytes as a 1-D uint8 view, its header if it was read."""
-        headers = self.samples.headers
-        known = [None] * len(self.ids) if headers is None else headers.tolist()
-        for i, ((offset, size), header) in enumerate(zip(self.samples.places.tolist(), known, strict=True)):
-            if i not in self.unusable:
-                data = np.frombuffer(self.data, np.uint8, size, offset)
-                yield i, data, None if header is None else ImageHeader("", header[0], header[1], *_flags(header))
+        headers, places = self.samples.headers, self.samples.places
+        for rows in blocks(self.count):
+            known = [None] * (rows.stop - rows.start) if headers is None else headers[rows].tolist()
+            for i, (offset, size), header in zip(
+                itertools.count(rows.start), places[rows].tolist(), known, strict=False
+            ):
+                if i not in self.unusable:
+                    data = np.frombuffer(self.data, np.uint8, size, offset)
+                    yield i, data, None if header is None else ImageHeader("", header[0], header[1], *_flags(header))
 
     def read_ahead(self) -> None:
         """Have the file in memory and mapped, page by page, before a thread that holds the interpreter touches it.
 
         Without this a cold page costs the thread that feeds the GPU a wait for the disk, and a warm one still a fault.
 
-        :raises OSError: a page cannot be read; touching it later would end the process.
+        Raises:
+            OSError: A page cannot be read; touching it later would end the process.
         """
         size = min(len(self.data), READ_AHEAD)
         start = np.frombuffer(self.data, np.uint8, 1).ctypes.data
@@ -119,7 +153,7 @@ class OpenShard:
         return np.frombuffer(self.data, np.uint8, component.size, component.offset)
 
 
-def _flags(header: list[int]) -> tuple[bool, str, bool]:
+def _flags(header: tuple[int, ...]) -> tuple[bool, str, bool]:
     return bool(header[2]), "", bool(header[3])
 
 
@@ -131,40 +165,134 @@ def _image(sample: Sample, image_component: str | None) -> Component | None:
 def describe(
     data: mmap.mmap, index: TarIndex, id_col: str, image_component: str | None = None, *, headers: bool = False
 ) -> Samples:
-    """The samples of a mapped tar as columns.
+    """Return the samples of a mapped tar as columns.
 
-    :param headers: whether to read the images' own headers too.
+    Args:
+        data: The tar.
+        index: Its index.
+        id_col: The key of the samples' json that holds their ids.
+        image_component: As `open_shard`.
+        headers: Whether to read the images' own headers too.
     """
-    ids = tuple(sample_id(sample, data, id_col) for sample in index.samples)
-    images = [_image(sample, image_component) for sample in index.samples]
-    members = tuple((im or s.components[0]).name for im, s in zip(images, index.samples, strict=True))
-    places = np.array([(im.offset, im.size) if im else (0, 0) for im in images], np.int64).reshape(-1, 2)
-    read = None
-    if headers:
-        seen = [inspect(np.frombuffer(data, np.uint8, size, offset)) for offset, size in places.tolist()]
-        read = np.array([(h.width, h.height, h.dali, h.metadata) for h in seen], np.int64).reshape(-1, 4)
-    unusable = _unusable(index, ids, images, image_component)
+    ids = _ids(index, data, id_col)
+    images = _image_rows(index, image_component)
+    shown = np.where(images >= 0, images, index.starts[:-1])
+    members = index.components.names.take(pa.array(shown))
+    places = np.stack([index.components.offsets[shown], index.components.sizes[shown]], axis=1)
+    places[images < 0] = 0
+    unusable = _unusable(index, ids, images, places, image_component)
+    read = _headers(data, places) if headers else None
     return Samples(ids, members, places, unusable, read, index.ignored, index.doubt)
 
 
+def _headers(data: mmap.mmap, places: np.ndarray) -> np.ndarray:
+    """The headers of the images at some places, (n,) `HEADER`."""
+    read = np.zeros(len(places), HEADER)
+    for rows in blocks(len(places)):
+        seen = (inspect(np.frombuffer(data, np.uint8, size, offset)) for offset, size in places[rows].tolist())
+        read[rows] = [(h.width, h.height, h.dali, h.metadata) for h in seen]
+    return read
+
+
+def _image_rows(index: TarIndex, image_component: str | None) -> np.ndarray:
+    """The row of each sample's image among the components, (n,) int64, -1 where none is chosen; see `Sample.images`."""
+    rows = np.full(len(index.keys), -1)
+    open_to_choice = np.ones(len(rows), bool)
+    choices = [None] if image_component is None else chosen_extensions(image_component)
+    for choice in choices:
+        wanted = [is_image(e) if choice is None else e.lower() == choice for e in index.extensions]
+        found = _rows_with(index, wanted)
+        samples = np.searchsorted(index.starts, found, side="right") - 1
+        found, samples = found[open_to_choice[samples]], samples[open_to_choice[samples]]
+        counts = np.bincount(samples, minlength=len(rows))
+        rows[samples] = found
+        rows[counts > 1] = -1
+        open_to_choice &= counts == 0
+    return rows
+
+
+def _rows_with(index: TarIndex, wanted: Sequence[bool]) -> np.ndarray:
+    """The rows of the components whose extensions are wanted, ascending."""
+    return np.flatnonzero(np.array([*wanted, False])[index.extension_of])
+
+
+def _ids(index: TarIndex, data: mmap.mmap, id_col: str) -> pa.LargeStringArray:
+    """The id of each sample: its json's `id_col`, else its key."""
+    keys = printable_column(index.keys)
+    found = _rows_with(index, [extension.lower() == "json" for extension in index.extensions])
+    samples, first = np.unique(np.searchsorted(index.starts, found, side="right") - 1, return_index=True)
+    if not len(samples):
+        return keys
+    rows = np.full(len(keys), -1)
+    rows[samples] = found[first]
+    named, ids, any_json = id_col.encode("utf-8", "surrogatepass"), [], False
+    for some in blocks(len(keys)):
+        at = rows[some]
+        places = zip(index.components.offsets[at].tolist(), index.components.sizes[at].tolist(), strict=True)
+        values = [
+            _json_id(data[offset : offset + size], id_col, named) if row >= 0 else None
+            for row, (offset, size) in zip(at.tolist(), places, strict=True)
+        ]
+        column = pa.array(values, pa.large_string())
+        any_json |= column.null_count < len(column)
+        ids.append(pc.coalesce(column, keys[some]))
+    return pa.concat_arrays(ids) if any_json else keys
+
+
+def _json_id(encoded: bytes, id_col: str, named: bytes) -> str | None:
+    """The id in a sample's json as text, None where there is none.
+
+    What holds the name neither as it is nor escaped, and is not UTF-16 or 32 (which are full of zero bytes), need not
+    be parsed.
+    """
+    if named not in encoded and b"\\" not in encoded and b"\0" not in encoded:
+        return None
+    value = _json_object(encoded).get(id_col)
+    return None if value is None else canonical_id(value)
+
+
 def _unusable(
-    index: TarIndex, ids: Sequence[str], images: Sequence[Component | None], image_component: str | None
+    index: TarIndex, ids: pa.LargeStringArray, images: np.ndarray, places: np.ndarray, image_component: str | None
 ) -> dict[int, tuple[Reason, str]]:
-    seen: dict[str, str] = {}
+    first = _first_with_id(ids, index.keys)
+    repeated = _repeat_a_member(index)
+    suspects = (first >= 0) | repeated | (places == 0).any(axis=1)
     found: dict[int, tuple[Reason, str]] = {}
-    for i, (sample, sample_id, image) in enumerate(zip(index.samples, ids, images, strict=True)):
-        if sample_id in seen:
-            found[i] = Reason.DUPLICATE_ID, f"{seen[sample_id]} has the id {sample_id} too"
+    for i in np.flatnonzero(suspects).tolist():
+        sample = index.samples[i]
+        if first[i] >= 0:
+            earlier = index.samples[first[i]].components[0].name
+            found[i] = Reason.DUPLICATE_ID, f"{earlier} has the id {ids[i].as_py()} too"
         elif (name := twice(sample)) is not None:
             found[i] = Reason.AMBIGUOUS_IMAGE, f"{name} is in the tar twice; repack it with one of the two"
-        elif image is None:
+        elif images[i] < 0:
             found[i] = _no_image(sample, image_component)
-        elif image.offset == 0:
-            found[i] = Reason.MISSING_IMAGE, f"{image.name} is a link to what the tar does not hold"
-        elif image.size == 0:
+        elif places[i, 0] == 0:
+            name = text(index.components.names[int(images[i])].as_py())
+            found[i] = Reason.MISSING_IMAGE, f"{name} is a link to what the tar does not hold"
+        else:
             found[i] = Reason.EMPTY, "0 bytes"
-        seen.setdefault(sample_id, sample.components[0].name)
     return found
+
+
+def _first_with_id(ids: pa.LargeStringArray, keys: pa.LargeBinaryArray) -> np.ndarray:
+    """For each sample the earlier one that has its id, (n,) int64, -1 where none has; keys are all different."""
+    before = np.full(len(ids), -1)
+    if not ids.cast(keys.type).equals(keys) and pc.count_distinct(ids).as_py() < len(ids):
+        codes = ids.dictionary_encode().indices.to_numpy()
+        _, first, which = np.unique(codes, return_index=True, return_inverse=True)
+        again = first[which] < np.arange(len(ids))
+        before[again] = first[which][again]
+    return before
+
+
+def _repeat_a_member(index: TarIndex) -> np.ndarray:
+    """Whether each sample has two components of one extension, (n,) bool."""
+    repeating = np.zeros(len(index.keys), bool)
+    pairs = np.sort(index.sample_of * len(index.extensions) + index.extension_of)
+    twins = pairs[1:][pairs[1:] == pairs[:-1]]
+    repeating[twins // max(len(index.extensions), 1)] = True
+    return repeating
 
 
 def twice(sample: Sample) -> str | None:
@@ -195,10 +323,21 @@ def open_shard(
 ) -> OpenShard:
     """Map a local tar, index it unless that is done, and read its samples' ids.
 
-    :param image_component: the extension of the image to take where samples have several, such as `left.jpg`; several
-        with commas between them, the first that a sample has.
-    :param key_dot: which dot of a file name ends the sample's key.
-    :raises MalformedShard: it is not a tar or is damaged.
+    Args:
+        path: The tar.
+        id_col: The key of the samples' json that holds their ids.
+        index: Its index, if it was read.
+        image_component: The extension of the image to take where samples have several, such as `left.jpg`; several
+            with commas between them, the first that a sample has.
+        key_dot: Which dot of a file name ends the sample's key.
+
+    Raises:
+        MalformedShard: It is not a tar or is damaged.
+
+    Example:
+        >>> shard = open_shard("00000.tar")
+        >>> shard.id_of(0), len(shard.bytes_of(shard.images[0]))
+        ('000000000', 55123)
     """
     data = map_tar(path)
     index = read_tar(data, os.fspath(path), key_dot) if index is None else index
@@ -208,19 +347,15 @@ def open_shard(
     return shard
 
 
-def sample_id(sample: Sample, data: mmap.mmap, id_col: str) -> str:
-    """A sample's id as text: its json's `id_col`, else its key."""
-    value = sample_json(sample, data).get(id_col)
-    return canonical_id(sample.key if value is None else value)
-
-
 def sample_json(sample: Sample, data: mmap.mmap) -> dict[str, Any]:
     """A sample's json object; empty where there is none or it does not parse, since that is not the image's fault."""
     component = sample.json()
-    if component is None:
-        return {}
+    return {} if component is None else _json_object(data[component.offset : component.offset + component.size])
+
+
+def _json_object(encoded: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data[component.offset : component.offset + component.size])
+        value = json.loads(encoded)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

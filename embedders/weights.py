@@ -46,7 +46,8 @@ class Weights:
 def resolve_weights(model_name: str, pretrained: bool, checkpoint: str | None) -> Weights:
     """Find the weights, downloading them to timm's cache where they come from a hub.
 
-    :raises InputError: unknown model, or weights that are not here and cannot be had.
+    Raises:
+        InputError: Unknown model, or weights that are neither on this machine nor can be downloaded.
     """
     architecture, cfg = _configuration(model_name)
     if checkpoint is not None:
@@ -57,7 +58,7 @@ def resolve_weights(model_name: str, pretrained: bool, checkpoint: str | None) -
 
 
 def _configuration(model_name: str) -> tuple[str, dict[str, Any]]:
-    """A model's architecture and pretrained configuration; nothing but a config.json is fetched."""
+    """Return a model's architecture and pretrained configuration; nothing but a config.json is fetched."""
     import timm
     from timm.models import load_model_config_from_hf, parse_model_name
 
@@ -111,7 +112,7 @@ _OPEN_CLIP_SIZES = {
 
 
 def _same_model(model_name: str) -> list[str]:
-    """timm's names of a model that is called as OpenAI and open_clip call theirs: ViT-L-14, ViT-B/32, RN50x4."""
+    """Return timm's names of a model called as OpenAI and open_clip call theirs: ViT-L-14, ViT-B/32, RN50x4."""
     import timm
 
     name = model_name.lower()
@@ -131,7 +132,7 @@ LABEL_COUNTS = frozenset({1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217
 
 
 def projects(tag: str) -> bool:
-    """Whether the head of one of timm's own pretrained tags is a projection into a shared space, not a classifier."""
+    """Return whether the head of a pretrained tag of timm is a projection into a shared space, not a classifier."""
     import timm
 
     cfg = timm.get_pretrained_cfg(tag)
@@ -160,7 +161,7 @@ def _checkpoint_identity(checkpoint: str) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """`sha256:` and the hash of a file's bytes; about a second a gigabyte."""
+    """Return `sha256:` and the hash of a file's bytes; about a second per gigabyte."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
@@ -186,7 +187,7 @@ def _pretrained_identity(model_name: str, cfg: dict[str, Any]) -> str:
 
 
 def _hub_identity(location: Any) -> str:
-    """The hub's etag of the weights file, which is its sha256; the file is in the local cache afterwards."""
+    """Return the hub's etag of the weights file, which is its sha256; the file is in the local cache afterwards."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
@@ -234,7 +235,7 @@ def cached_hub() -> Iterator[None]:
 
 
 def is_of_hub(model_name: str) -> bool:
-    """Whether a model's own weights lie in a hub; the hub is not asked.
+    """Return whether a model's own weights are in a hub; the hub is not asked.
 
     Raises:
         InputError: timm has no such model.

@@ -1,6 +1,6 @@
-"""What the Prefect UI shows of a run besides its state: progress while it works, its account afterwards.
+"""Artifacts in Prefect's UI: a run's progress while it works, its account afterwards.
 
-An artifact that cannot be made costs no run its status.
+If an artifact cannot be made, the run only logs a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import html
 import logging
 import re
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 from uuid import UUID
 
@@ -26,26 +28,28 @@ from prefect.artifacts import (
 
 from flows.progress import Pace
 from flows.report import REPORT
-from tasks.counted import counted
-from tasks.dataset.sampling import Pictures, sample_vectors
+from tasks.dataset.sampling import sample_vectors
+from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
 from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
-SECONDS = 3.0
-"""Between two updates of the progress."""
+SECONDS_PER_UPDATE = 3.0
 SHARDS_SHOWN = 500
 QUARANTINED_SHOWN = 200
 EMBEDDED_PICTURES, QUARANTINED_PICTURES = 16, 16
 SIDE = 128
-"""Of a thumbnail, in pixels."""
-A_ROW = 8
+"""Longer side of a thumbnail, in pixels."""
+PER_ROW = 8
+MESSAGE_LENGTH = 300
+"""Characters of a message in a table's cell."""
 logger = logging.getLogger(__name__)
 
 
 class ProgressArtifact:
-    """One progress artifact of the flow run that it is made in: images done of all, images a second, time left."""
+    """A progress artifact of the current flow run: images done, images per second, time left."""
 
     def __init__(self, dataset: str) -> None:
         self.key = artifact_key("progress", dataset)
@@ -55,25 +59,25 @@ class ProgressArtifact:
         self._thread: threading.Thread | None = None
 
     def note(self, text: str) -> None:
-        """Nothing: the run's log has it."""
+        """Ignore it: the run's log has it."""
 
     def found(self, plan: Plan, images: int = 0) -> None:
-        """Note what there is to do."""
-        self.pace = Pace(len(plan.to_embed), images)
+        """Take the number of shards and images to embed."""
+        self.pace = Pace.of(plan, images)
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """Count a group of shards."""
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Count a finished group of shards."""
         self.pace.count(records)
 
     def __enter__(self) -> Self:
-        self.pace = Pace(self.pace.shards_in_all, self.pace.images_in_all)
+        self.pace = replace(self.pace, started=time.monotonic())
         try:
-            made: Any = create_progress_artifact(0.0, key=self.key, description=self.told())
+            made: Any = create_progress_artifact(0.0, key=self.key, description=self.description())
             self._artifact = made
-            # The context tells the server: without it Prefect starts one of its own, for this thread alone.
-            here = contextvars.copy_context()
+            # The context holds the server's address; without it Prefect would start another server for this thread.
+            context = contextvars.copy_context()
             self._thread = threading.Thread(
-                target=here.run, args=(self._keep_up,), name="progress-artifact", daemon=True
+                target=context.run, args=(self._keep_updated,), name="progress-artifact", daemon=True
             )
             self._thread.start()
         except Exception as error:
@@ -86,35 +90,50 @@ class ProgressArtifact:
             self._thread.join()
             self._update()
 
-    def told(self) -> str:
-        """The state of things in a line."""
+    def description(self) -> str:
+        """Return one line that says how far the run is and how fast."""
         pace = self.pace
         about = max(pace.images_in_all, pace.images)
         return (
-            f"{pace.images:,} of about {about:,} images, {pace.shards:,} of {counted(pace.shards_in_all, 'shard')}; "
+            f"{pace.images:,} of about {about:,} images, {pace.progress}; "
             f"{pace.now:,.1f} images/s now, {pace.average:,.1f} on average; {pace.left}; {pace.bad}"
         )
 
-    def _keep_up(self) -> None:
-        while not self._over.wait(SECONDS):
+    def _keep_updated(self) -> None:
+        while not self._over.wait(SECONDS_PER_UPDATE):
             self._update()
 
     def _update(self) -> None:
         assert self._artifact is not None
         try:
-            update_progress_artifact(self._artifact, progress=100 * self.pace.share, description=self.told())
+            update_progress_artifact(self._artifact, progress=100 * self.pace.share, description=self.description())
         except Exception as error:  # the server is away for a moment, or for good
-            logger.debug("progress not told: %s", error)
+            logger.debug("progress not updated: %s", error)
 
 
 def artifact_key(kind: str, dataset: str) -> str:
-    """A key that runs over the same dataset share: Prefect takes lower-case letters, digits and dashes."""
+    """Return the key that all runs over one dataset share, so that the UI shows them as versions of one artifact.
+
+    Args:
+        kind: What the artifact shows, such as "summary".
+        dataset: Folder or URL. The key has its last name, in the lower-case letters, digits and dashes that Prefect
+            accepts.
+
+    Example:
+        >>> artifact_key("summary", "s3://crawl/LAION 400m/")
+        'summary-laion-400m'
+    """
     name = dataset.rstrip("/").rpartition("/")[2].lower()
     return f"{kind}-{re.sub('[^a-z0-9]+', '-', name).strip('-') or 'dataset'}"
 
 
 def show_account(manifest: Manifest, plan: Plan) -> None:
-    """Tables of shards and of quarantined images, a summary, pictures, and a link to the report."""
+    """Make the artifacts of a finished run: summary, shards, quarantined images, pictures, and a link to the report.
+
+    Args:
+        manifest: The run's account.
+        plan: Its plan after the work, with the records of the shards.
+    """
     for show in (_summary, _shards, _quarantine, _pictures, _link):
         try:
             show(manifest, plan)
@@ -129,10 +148,10 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
         "quarantined": reasons or "none",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} of them done before, "
         f"{manifest.shards_failed:,} failed",
-        "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
+        "this run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s, start-up excluded",
         "vectors": f"{counted(manifest.dimensions, 'dimension')}, decoded: {manifest.decoders}",
         "rows": manifest.told_rows,
-        "dataset made": f"`{manifest.metadata}/*.parquet`",
+        "dataset": f"`{manifest.metadata}/*.parquet`",
         "account": f"`{manifest.output}/{MANIFEST}`",
     }
     lines = [f"## {manifest.model}", "", "| | |", "|---|---|"]
@@ -146,7 +165,7 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
 
 
 def _shards(manifest: Manifest, plan: Plan) -> None:
-    """The shards that failed, then the others, newest first."""
+    """List the shards that failed, then the others, newest first."""
     rows: list[list[Any]] = [[name, "failed", "", "", "", "", _cell(why)] for name, why in manifest.failures.items()]
     done = sorted(plan.embedded.items(), key=lambda item: -item[1].work.get("ended", 0.0))
     for name, record in done[: max(SHARDS_SHOWN - len(rows), 0)]:
@@ -154,39 +173,44 @@ def _shards(manifest: Manifest, plan: Plan) -> None:
         rate = f"{record.samples / seconds:,.1f}" if seconds > 0 else ""
         bad = sum(record.quarantined.values())
         rows.append([name, "embedded", record.samples, bad, rate, record.decoder, record.worker])
-    header = ["shard", "state", "samples", "quarantined", "images/s while in work", "decoder", "worker or reason"]
-    told = f"{min(len(rows), SHARDS_SHOWN):,} of {counted(manifest.shards, 'shard')}"
-    key = artifact_key("shards", manifest.dataset)
-    create_table_artifact([dict(zip(header, row, strict=True)) for row in rows[:SHARDS_SHOWN]], key, told)
+    header = ["shard", "state", "samples", "quarantined", "images/s while processed", "decoder", "worker or reason"]
+    table = [dict(zip(header, row, strict=True)) for row in rows[:SHARDS_SHOWN]]
+    description = f"{len(table):,} of {counted(manifest.shards, 'shard')}"
+    create_table_artifact(table, artifact_key("shards", manifest.dataset), description)
 
 
 def _quarantine(manifest: Manifest, plan: Plan) -> None:
-    rows = read_quarantine(Folder(manifest.output), QUARANTINED_SHOWN, manifest.left_out)
-    of = counted(manifest.quarantined, "quarantined image")
-    told = f"{len(rows):,} of {of}; all are in {manifest.output}/quarantine"
-    create_table_artifact(
-        [{name: _cell(value) for name, value in row.items()} for row in rows],
-        artifact_key("quarantine", manifest.dataset),
-        told,
-    )
+    rows = read_quarantine(Folder(manifest.output), manifest.column, QUARANTINED_SHOWN, manifest.left_out)
+    table = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    whole = counted(manifest.quarantined, "quarantined image")
+    description = f"{len(rows):,} of {whole}; all are in {manifest.output}/quarantine"
+    create_table_artifact(table, artifact_key("quarantine", manifest.dataset), description)
 
 
 def _pictures(manifest: Manifest, plan: Plan) -> None:
-    """One picture: a sample of what was embedded, and below it of what was quarantined and can still be shown."""
+    """Show one picture: a sample of the embedded images, and below it quarantined images that can still be shown."""
     output = Folder(manifest.output)
-    embedded = sample_vectors(output, EMBEDDED_PICTURES, np.random.default_rng(0)).places
-    bad = [(row["shard"], row["id"]) for row in read_quarantine(output, QUARANTINED_PICTURES, manifest.left_out)]
+    embedded = sample_vectors(output, manifest.column, EMBEDDED_PICTURES, np.random.default_rng(0)).places
+    quarantined = read_quarantine(output, manifest.column, QUARANTINED_PICTURES, manifest.left_out)
+    bad = [(row["shard"], row["id"]) for row in quarantined]
     component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, manifest.output, component, limit)
+    pictures = Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
     shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
     sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
     if sheet is not None:
-        told = "A sample of what was embedded and, below, of what was quarantined and can still be shown."
-        create_image_artifact(sheet, key=artifact_key("pictures", manifest.dataset), description=told)
+        description = "A sample of the embedded images and, below, quarantined images that can still be shown."
+        create_image_artifact(sheet, key=artifact_key("pictures", manifest.dataset), description=description)
 
 
 def contact_sheet(groups: dict[str, list[str]]) -> str | None:
-    """Thumbnails (data URLs) in rows under the name of their group, as an SVG in a data URL; None for no thumbnails."""
+    """Return thumbnails in rows under the name of their group, as one SVG in a data URL.
+
+    Args:
+        groups: The thumbnails of each group, as data URLs.
+
+    Returns:
+        The picture, or None if there is no thumbnail.
+    """
     import base64
 
     parts, y = [], 0
@@ -198,12 +222,12 @@ def contact_sheet(groups: dict[str, list[str]]) -> str | None:
         )
         y += 26
         for i, url in enumerate(urls):
-            at = f'x="{i % A_ROW * (SIDE + 8)}" y="{y + i // A_ROW * (SIDE + 8)}"'
+            at = f'x="{i % PER_ROW * (SIDE + 8)}" y="{y + i // PER_ROW * (SIDE + 8)}"'
             parts.append(f'<image href="{url}" {at} width="{SIDE}" height="{SIDE}"/>')
-        y += -(-len(urls) // A_ROW) * (SIDE + 8)
+        y += -(-len(urls) // PER_ROW) * (SIDE + 8)
     if not parts:
         return None
-    size = f'width="{A_ROW * (SIDE + 8)}" height="{y}"'
+    size = f'width="{PER_ROW * (SIDE + 8)}" height="{y}"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
@@ -212,10 +236,10 @@ def _link(manifest: Manifest, plan: Plan) -> None:
     output = Folder(manifest.output)
     place = output.place(REPORT)
     link = f"file://{output.path(REPORT)}" if output.is_local else place
-    told = "The page that shows the vectors, their neighbours and what was quarantined; it opens from disk."
-    create_link_artifact(link, link_text=REPORT, key=artifact_key("report", manifest.dataset), description=told)
+    description = "A page with the vectors, their neighbours and the quarantined images; it opens from disk."
+    create_link_artifact(link, link_text=REPORT, key=artifact_key("report", manifest.dataset), description=description)
 
 
 def _cell(value: str) -> str:
-    """Text of a file or a message as a cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")[:300]
+    """Return text that fits in a cell of a Markdown table, whatever a file name or a message holds."""
+    return " ".join(str(value).split()).replace("|", "\\|")[:MESSAGE_LENGTH]

@@ -8,16 +8,17 @@ import re
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from cyclopts import Parameter
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from embedders import ImageEmbedder
 from embedders.errors import InputError
 from embedders.images import MAX_PIXELS
+from embedders.precision import Precision
 from embedders.samples import KeyDot
-from embedders.timm import Precision
 from tasks.dataset.vectors import VectorFormat
-from tasks.plan import MergeOptions
+from tasks.merge_options import MergeOptions
 from tasks.storage.download_ahead import SPACE
 
 
@@ -39,12 +40,31 @@ class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
+COLUMN = "image_embedding"
+
+
+def _as_names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_names),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    Parameter(negative=(), consume_multiple=False),
+]
+"""One name, or several: a text in Python and in a form, an option that may be repeated on the command line."""
+
+
 class ModelOptions(_Options):
     """Which model, and how it computes."""
 
-    model_name: str = Field(
-        "vit_large_patch14_clip_quickgelu_224.openai",
-        description="timm model name with or without a tag, hf-hub:ORG/NAME or local-dir:FOLDER.",
+    model_name: Names = Field(
+        (MODEL,),
+        description="timm model name with or without a tag, hf-hub:ORG/NAME or local-dir:FOLDER; several, each for a "
+        "layer of its own, in one pass.",
     )
     checkpoint: str | None = Field(None, description="Weights file, .safetensors or .pth, instead of the tag's own.")
     pretrained: bool = Field(True, description="Load trained weights; without, random ones from a fixed seed.")
@@ -55,7 +75,10 @@ class ModelOptions(_Options):
         Precision.AUTO,
         description="float32, float16 or bfloat16 on any device, or float8 on a GPU, instead of what autocast says.",
     )
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images a batch.")
+    output_tokens: bool = Field(
+        False, description="Keep the patch tokens too, as a layer of their own beside the vectors."
+    )
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images per batch.")
 
 
 class ImageOptions(_Options):
@@ -86,7 +109,9 @@ class ImageOptions(_Options):
 class TableOptions(_Options):
     """The dataset that is made."""
 
-    image_embedding_column: str = Field("image_embedding", description="Name of the new column.")
+    image_embedding_column: Names = Field(
+        (COLUMN,), description="Name of the new column, and of its layer; one for each model."
+    )
     on_error: OnError = Field(OnError.QUARANTINE, description="What becomes of rows whose image cannot be embedded.")
     max_quarantined: str | None = Field(
         None, description="Share of samples that may be quarantined, such as 5%; beyond it the run fails."
@@ -187,6 +212,8 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
                 continue
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
+            elif isinstance(value, tuple):
+                words += [word for one in value for word in (f"--{option}", one)]
             else:
                 words += [f"--{option}", str(value)]
         return shlex.join(words)
@@ -202,7 +229,7 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
         return None if self.max_quarantined is None else float(self.max_quarantined.rstrip("%")) / 100
 
     def merge_options(self) -> MergeOptions:
-        """How embeddings join the metadata.
+        """How layers join the metadata.
 
         :raises InputError: options that exclude each other.
         """
@@ -210,7 +237,6 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
             raise InputError("--in-place and --rows-per-file exclude each other; leave one of them out")
         return MergeOptions(
             self.id_col,
-            self.image_embedding_column,
             null_rows=self.on_error is OnError.NULL,
             strict=self.strict_ids,
             form=VectorFormat(self.embedding_type, self.embedding_dtype, self.embedding_encoding),
@@ -218,21 +244,50 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
             rows_per_file=self.rows_per_file,
         )
 
-    def build_embedder(self) -> ImageEmbedder:
-        """The embedder that these parameters describe.
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the column of each model.
 
-        :raises InputError: a custom embedder that cannot be imported or is none.
+        Without names, the first is `image_embedding`, and the others have their model's name added.
+
+        Raises:
+            InputError: There are more or fewer names than models.
+        """
+        models, names = self.model_name, self.image_embedding_column
+        if len(names) == len(models):
+            return names
+        if len(names) > 1 or self.embedder is not None:
+            raise InputError(
+                f"{len(models)} --model-name, but {len(names)} --image-embedding-column; give one for each, or none"
+            )
+        return names[0], *(f"{names[0]}_{_word(model)}" for model in models[1:])
+
+    def build_embedders(self) -> tuple[ImageEmbedder, ...]:
+        """Make the embedders that these parameters describe.
+
+        Raises:
+            InputError: A custom embedder that cannot be imported or is none, or options that exclude each other.
         """
         if self.embedder is not None:
-            return load_embedder(self.embedder)
+            if len(self.model_name) > 1:
+                raise InputError("--embedder is instead of --model-name; give one of the two")
+            made = load_embedder(self.embedder)
+            if self.image_embedding_column != (COLUMN,):
+                made.image_embedding_column = self.columns[0]
+            return (made,)
+        if self.checkpoint is not None and len(self.model_name) > 1:
+            raise InputError("--checkpoint belongs to one model; leave it out, or give one --model-name")
+        return tuple(self._timm(model, column) for model, column in zip(self.model_name, self.columns, strict=True))
+
+    def _timm(self, model_name: str, column: str) -> ImageEmbedder:
         from embedders import TimmImageEmbedder
 
         return TimmImageEmbedder(
-            self.model_name,
+            model_name,
             pretrained=self.pretrained,
             batch_size=self.batch_size,
             num_threads_per_worker=self.num_threads_per_worker,
-            image_embedding_column=self.image_embedding_column,
+            image_embedding_column=column,
             normalize_embeddings=self.normalize_embeddings,
             autocast=self.autocast,
             precision=self.precision,
@@ -243,7 +298,14 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
             exif=self.exif,
             max_pixels=self.max_pixels,
             image_component=self.image_component,
+            output_tokens=self.output_tokens,
         )
+
+
+def _word(model: str) -> str:
+    """Return a model's name without its tag, as part of a column's name."""
+    name = model.rpartition("/")[2].partition(".")[0]
+    return re.sub(r"\W+", "_", name)
 
 
 def load_embedder(name: str) -> ImageEmbedder:

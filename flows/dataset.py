@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
 from flows.embed import RunFailed, embed_dataset
-from tasks.cluster import choose_device, count_gpus
-from tasks.dataset.vectors import write_vectors
+from tasks.dataset.description import columns_made
+from tasks.dataset.vectors import rows_per_group, write_groups
+from tasks.hardware import choose_device, count_gpus
 from tasks.manifest import Manifest
 from tasks.storage.folder import Folder
 
@@ -66,7 +67,7 @@ def get_client(
         raise InputError(f"cluster_type is {cluster_type!r}; give 'gpu' or 'cpu'")
     if options:
         raise InputError(
-            f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/cluster.py"
+            f"get_client does not know {', '.join(sorted(options))}; workers are set up by tasks/own_cluster.py"
         )
     if cluster_type == "gpu" and scheduler_address is None:
         if not count_gpus():
@@ -125,16 +126,14 @@ class ImageTextPairDataset:
         """
         if not self.embedders:
             raise InputError("this dataset has no embedder yet: with_embeddings = embedder(dataset)")
-        if len(self.embedders) > 1:
-            raise InputError("one embedder a call: save_metadata() after each, then the next one")
         target = Folder(self.path if path is None else os.fspath(path).rstrip("/"))
         if columns is not None:
             self._check_columns(columns, in_place=path is None)
-        work = f"{target.url}/{WORK_FOLDER}/{self.embedders[0].image_embedding_column}"
+        work = f"{target.url}/{WORK_FOLDER}"
         manifest = embed_dataset(
             self.path,
             work,
-            self.embedders[0],
+            self.embedders,
             id_col=self.id_col,
             repeated_ids="quarantine",
             on_error="null",  # these files take the place of the user's own: no row may go
@@ -144,7 +143,7 @@ class ImageTextPairDataset:
             scheduler=_client.scheduler,
         )
         if path is not None:
-            _publish(Folder(work), target, self.embedders[0].image_embedding_column, columns)
+            _publish(Folder(work), target, columns)
         if manifest.shards_failed:
             raise RunFailed(manifest)
         return manifest
@@ -155,23 +154,23 @@ class ImageTextPairDataset:
         folder = Folder(self.path)
         for found in folder.list(".parquet")[:1]:
             with folder.open(found.name) as file:
-                known = [*pq.read_schema(file).names, self.embedders[0].image_embedding_column]
+                known = [*pq.read_schema(file).names, *(embedder.image_embedding_column for embedder in self.embedders)]
             unknown = [name for name in columns if name not in known]
             if unknown:
                 raise InputError(f"{self.path}: no column {', '.join(unknown)}; there are {', '.join(known)}")
 
 
-def _publish(work: Folder, target: Folder, column: str, columns: Sequence[str] | None) -> None:
+def _publish(work: Folder, target: Folder, columns: Sequence[str] | None) -> None:
     """Write the merged files of a run to a folder of the user's."""
     merged = Folder(f"{work.url}/metadata")
     for found in merged.list(".parquet"):
         with merged.open(found.name) as file:
             table = pq.ParquetFile(file).read(None if columns is None else list(columns), use_threads=False)
 
-        def save(local: str, table: Any = table) -> None:
-            if column in table.column_names:
-                write_vectors(table, local, column)
-            else:
-                pq.write_table(table, local, compression="zstd")
+        vectors = columns_made(table.schema).keys() & set(table.column_names)
+        size = table.schema.names and rows_per_group(max(table.nbytes // max(len(table), 1), 1))
+
+        def save(local: str, table: Any = table, vectors: set[str] = vectors, size: int = size) -> None:
+            write_groups(table.schema, [table], local, vectors, size)
 
         target.write(found.name, save)

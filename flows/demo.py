@@ -1,4 +1,4 @@
-"""`python -m flows.demo`: photographs in, embeddings out, and the proof that they mean something."""
+"""`python -m flows.demo`: embed some photographs, and show that similar ones have similar vectors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ QUERY, NEIGHBOURS = "000000002", 5
 
 
 def nearest(output: Path, query: str, count: int) -> list[tuple[float, str, str]]:
-    """The `count` samples most like the sample `query`: cosine, key and caption, the best first.
+    """Return the samples that are most like one, itself included, with the most similar first.
 
-    Vectors are normalised, so their product is the cosine.
+    Args:
+        output: Folder with the merged dataset. Its vectors are normalised, so their product is the cosine.
+        query: Key of the sample.
+        count: How many others.
+
+    Returns:
+        Cosine, key and caption of each sample.
     """
     table = pq.read_table(output / "metadata")
     column = table.column("image_embedding").combine_chunks()
@@ -34,7 +40,7 @@ def nearest(output: Path, query: str, count: int) -> list[tuple[float, str, str]
 
 
 def show_neighbours(console: Console) -> None:
-    """Print what lies nearest to one photograph."""
+    """Print the samples that are most like one photograph."""
     found = nearest(OUTPUT, QUERY, NEIGHBOURS)
     table = Table(title=f"nearest to {QUERY}: {found[0][2]}", title_justify="left", title_style="bold")
     for name in ("cosine", "key", "caption"):
@@ -46,7 +52,7 @@ def show_neighbours(console: Console) -> None:
 
 app = App(
     name="python -m flows.demo",
-    help="Embed 256 photographs that are made here, in demo-data, into demo-out, and show what is alike.",
+    help="Make 256 photographs in demo-data, embed them into demo-out, and show which are alike.",
     help_format="plaintext",
     version_flags=[],
 )
@@ -54,7 +60,7 @@ app = App(
 
 @app.default
 def demo() -> int:
-    """Build the dataset, embed it with the command line's own code, and show neighbours."""
+    """Build the dataset, embed it as the command line does, and show neighbours; return the exit status."""
     from flows.embed import main as embed
 
     build_dataset(DATA)
@@ -66,7 +72,7 @@ def demo() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, OSError) as error:

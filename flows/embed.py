@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,21 +26,24 @@ from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_ov
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
-from tasks.cluster import OwnCluster, choose_device, choose_workers, own_cluster, task_runner
-from tasks.counted import counted
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.even_files import missing_parts, part_groups, write_parts
 from tasks.dataset.schema import common_schema
 from tasks.embed import EmbedOptions, embed_shards
+from tasks.existing_cluster import task_runner
+from tasks.hardware import choose_device
 from tasks.index import index_shards
 from tasks.manifest import MANIFEST, Manifest, Timing, account, write_manifest
 from tasks.merge import SHARDS_PER_MERGE, merge_shards
-from tasks.plan import Plan, group_shards, make_plan
+from tasks.own_cluster import OwnCluster, own_cluster
+from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
 from tasks.records import intact, seconds_in_work
 from tasks.retries import ShardFailure, ShardsFailed
 from tasks.run_lock import only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
+from tasks.wording import counted
+from tasks.worker_count import choose_workers
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -64,7 +68,7 @@ class RunFailed(Exception):
 def embed_dataset(
     dataset: str,
     output: str,
-    embedder: ImageEmbedder | None = None,
+    embedder: ImageEmbedder | Sequence[ImageEmbedder] | None = None,
     *,
     progress: Progress | None = None,
     verbose: bool = False,
@@ -72,22 +76,33 @@ def embed_dataset(
 ) -> Manifest:
     """Embed every image of a dataset, doing only what is missing.
 
-    :param dataset: folder or fsspec URL with the shards.
-    :param output: folder or fsspec URL for what is made.
-    :param embedder: by default a TimmImageEmbedder with the parameters given.
-    :param progress: is told what happens; by default a live view on a terminal or in a notebook, silence elsewhere.
-    :param verbose: let Prefect and Dask speak too.
-    :param parameters: the other fields of `flows.config.EmbedConfig`.
-    :return: the account. `shards_failed` is 0 unless some shards failed after their retries, and `over_limit` is
-        empty unless more samples are quarantined than `max_quarantined` allows.
-    :raises InputError: the call or its input is wrong; nothing is written then.
+    Args:
+        dataset: Folder or fsspec URL with the shards.
+        output: Folder or fsspec URL for what is made.
+        embedder: By default a TimmImageEmbedder with the parameters given. Several make a layer each, in one pass if
+            they can share the decoding.
+        progress: Shows what happens; by default a live view on a terminal or in a notebook, nothing elsewhere.
+        verbose: Let Prefect and Dask log too.
+        parameters: The other fields of `flows.config.EmbedConfig`.
+
+    Returns:
+        The account. `shards_failed` is 0 unless some shards failed after their retries, and `over_limit` is empty
+        unless more samples are quarantined than `max_quarantined` allows.
+
+    Raises:
+        InputError: The call or its input is wrong; nothing is written then.
+
+    Example:
+        >>> embed_dataset("shards", "out", model_name="resnet50", device="cpu").embedded  # doctest: +SKIP
+        40000
     """
     config = EmbedConfig(dataset=str(dataset), output=str(output), **parameters)
+    embedders = () if embedder is None else (embedder,) if isinstance(embedder, ImageEmbedder) else tuple(embedder)
     with contextlib.nullcontext() if verbose else quiet():
-        return run(config, embedder, progress or progress_here())
+        return run(config, embedders, progress or progress_here())
 
 
-def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress) -> Manifest:
+def run(config: EmbedConfig, embedders: Sequence[ImageEmbedder], progress: Progress) -> Manifest:
     """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run.
 
     :raises KeyboardInterrupt, Terminated: the run was stopped; a note of the exception says how far it came.
@@ -98,11 +113,18 @@ def run(config: EmbedConfig, embedder: ImageEmbedder | None, progress: Progress)
         os.kill(os.getpid(), signal.SIGINT)
 
     with (
-        _alone(config, embedder, lost),
-        started_early(surely_unfinished(config)) as server,
+        _alone(config, embedders, lost),
+        started_early(surely_unfinished(config, _known_columns(config, embedders))) as server,
         _cluster_early(config, server) as cluster,
     ):
-        return _run(config, embedder, progress, server, cluster)
+        return _run(config, embedders, progress, server, cluster)
+
+
+def _known_columns(config: EmbedConfig, embedders: Sequence[ImageEmbedder]) -> Sequence[str]:
+    """Return the names of the layers that are asked for, as far as they are known before anything is imported."""
+    if embedders:
+        return [layer for embedder in embedders for layer in embedder.layers]
+    return () if config.embedder is not None else config.columns
 
 
 @contextlib.contextmanager
@@ -120,12 +142,12 @@ def _cluster_early(config: EmbedConfig, server: LocalServer | None) -> Iterator[
 
 
 @contextlib.contextmanager
-def _alone(config: EmbedConfig, embedder: ImageEmbedder | None, lost: Callable[[str], None]) -> Iterator[None]:
+def _alone(config: EmbedConfig, embedders: Sequence[ImageEmbedder], lost: Callable[[str], None]) -> Iterator[None]:
     """Be the only run over what is written to, and leave no half-written file there, of this run or an earlier one.
 
     In place that is the dataset too: of two runs that add a column to one file, one would be lost.
     """
-    name = lock_name(config, embedder)
+    name = lock_name(config, embedders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run(config.output, name, lost))
         if _dataset_is_another_folder(config):
@@ -153,30 +175,21 @@ def _sweep(config: EmbedConfig) -> None:
 
 def _run(
     config: EmbedConfig,
-    embedder: ImageEmbedder | None,
+    embedders: Sequence[ImageEmbedder],
     progress: Progress,
     server: LocalServer | None,
     early: OwnCluster | None,
 ) -> Manifest:
     if has_server():
         check_server()
-    work = prepare(config, embedder)
-    if work.embedder.notice:
-        progress.note(work.embedder.notice)
+    work = prepare(config, embedders)
+    for notice in work.notices:
+        progress.note(notice)
     if not work.anything and not has_server():
         spent = Timing(time.monotonic() - work.started)
-        finish_dataset(work.plan, work.fingerprint)
-        limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedder)
-        manifest = account(
-            work.plan,
-            len(work.plan.shards),
-            (),
-            work.fingerprint,
-            spent,
-            0,
-            max_quarantined=limit,
-            checkpoint=checkpoint,
-        )
+        finish_dataset(work.plan)
+        limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
+        manifest = account(work.plan, len(work.plan.shards), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
         write_manifest(manifest)
         progress.found(work.plan)
         _show_in_a_page(manifest, progress)
@@ -215,9 +228,10 @@ def _cluster(work: Work, config: EmbedConfig, early: OwnCluster | None = None) -
         yield cluster
 
 
-def lock_name(config: EmbedConfig, embedder: ImageEmbedder | None) -> str:
+def lock_name(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> str:
     """What another run over the same output is told that this one is."""
-    model = config.embedder or config.model_name if embedder is None else type(embedder).__name__
+    names = [type(embedder).__name__ for embedder in embedders]
+    model = " and ".join(names) or config.embedder or " and ".join(config.model_name)
     return f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
 
 
@@ -225,12 +239,13 @@ def finish_with(config: EmbedConfig, work: Work) -> str:
     """The call that does what a run has left undone."""
     if work.given:
         return f"embed_dataset({config.dataset!r}, {config.output!r}, …), as before"
-    return config.model_copy(update={"overwrite": False}).command()
+    return config.command()
 
 
 def run_name(config: EmbedConfig, work: Work) -> str:
     """ "embed demo-data with tf_efficientnet_lite0" """
-    model = str(work.fingerprint.get("model") or work.fingerprint.get("embedder"))
+    made = {str(layer.made_of.get("model") or layer.made_of.get("embedder")): None for layer in work.plan.asked}
+    model = " and ".join(made)
     name = f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
@@ -240,7 +255,8 @@ def deployed_run_name() -> str:
     given = flow_run.parameters
     model = given.get("model") or {}
     options = model if isinstance(model, dict) else model.model_dump()
-    name = options.get("embedder") or options.get("model_name") or ModelOptions().model_name
+    names = options.get("model_name") or ModelOptions().model_name
+    name = options.get("embedder") or (names if isinstance(names, str) else " and ".join(names))
     return f"embed {str(given.get('dataset')).rstrip('/').rpartition('/')[2]} with {name}"
 
 
@@ -262,7 +278,7 @@ def embed(
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards and their metadata .parquet, as the worker sees it.
-        output: Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.
+        output: Folder or fsspec URL that gets layers, metadata, quarantine and manifest.
         model: Which model, and how it computes.
         images: How images are found and decoded.
         table: The dataset that is made.
@@ -277,8 +293,8 @@ def embed(
     received_work = received()
     if received_work is not None:
         return _embed(config, *received_work)
-    with _alone(config, None, _stop_flow):
-        found = prepare(config, None)
+    with _alone(config, (), _stop_flow):
+        found = prepare(config)
         with _cluster(found, config) as cluster:
             return _embed(config, found, Silent(), RunProgress(len(found.plan.embedded)), cluster)
 
@@ -321,12 +337,10 @@ def _embed(
     cached = len(work.plan.embedded)
     samples = sum(record.samples for record in fresh)
     spent = Timing(time.monotonic() - work.started, first, seconds_in_work(fresh))
-    again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedder)
-    manifest = account(
-        plan, cached, list(failures.values()), work.fingerprint, spent, samples, again, limit, checkpoint
-    )
+    again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedders[0])
+    manifest = account(plan, cached, list(failures.values()), spent, samples, again, limit, checkpoint)
     try:
-        finish_dataset(plan, work.fingerprint)
+        finish_dataset(plan)
         write_manifest(manifest)
     except OSError as error:
         note = {MANIFEST: f"could not be written: {error}"}
@@ -366,8 +380,7 @@ def done_before(shards: int) -> State[int]:
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
-    options = work.plan.options
-    return make_plan(work.plan.shards, work.plan.embedder, options, overwrite=True, accepts=work.embedder.accepts)
+    return make_plan(work.plan.shards, work.plan.recipes, work.plan.options, overwrite=True)
 
 
 def _embed_all(
@@ -382,31 +395,33 @@ def _embed_all(
     """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
     options = embed_options(config, work, work.images // workers)
     futures = {}
-    for group in group_shards(work.plan.to_embed, workers):
-        indexed = []
-        parameters: dict[str, Any]
-        if work.embedder.use_index_files and group[0].source.is_local:
-            beside = work.device == "cuda"
-            parameters = {"shards": group, "id_col": config.id_col, "span": span(group), "beside": beside}
-            indexed = [runner.submit(index_shards, parameters=parameters)]
-        parameters = {"shards": group, "embedder": work.embedder, "options": options, "span": span(group)}
-        futures[runner.submit(embed_shards, parameters=parameters, wait_for=indexed)] = group
-    first = 0.0
-    for records in _drain(futures, failures):
+    for recipes, shards in embedding_jobs(work.plan):
+        for group in group_shards(shards, workers):
+            indexed = []
+            parameters: dict[str, Any]
+            if recipes[0].embedder.use_index_files and group[0].source.is_local:
+                beside = work.device == "cuda"
+                parameters = {"shards": group, "id_col": config.id_col, "span": span(group), "beside": beside}
+                indexed = [runner.submit(index_shards, parameters=parameters)]
+            parameters = {"shards": group, "recipes": recipes, "options": options, "span": span(group)}
+            futures[runner.submit(embed_shards, parameters=parameters, wait_for=indexed)] = group
+    first, passes_left = 0.0, Counter(shard.name for group in futures.values() for shard in group)
+    for done, records in _drain(futures, failures):
         first = first or time.monotonic() - work.started
         progress.embedded(records)
-        run_progress.embedded += len(records)
+        passes_left.subtract(shard.name for shard in done)
+        run_progress.embedded += sum(not passes_left[shard.name] for shard in done)
     if any(failure.alone for failure in failures.values()):
-        left = [shard for shard in _plan_again(work, config).to_embed if shard.name in failures]
-        _embed_alone(runner, [shard for shard in left if failures[shard.name].alone], work, options, failures)
+        plan = _plan_again(work, config)
+        alone = [shard for shard in plan.to_embed if shard.name in failures and failures[shard.name].alone]
+        _embed_alone(runner, alone, plan, options, failures)
     return first
 
 
 def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOptions:
-    """What embedding tasks need beside shards and embedder."""
+    """What embedding tasks need beside shards and recipes."""
     return EmbedOptions(
         config.id_col,
-        work.plan.embedder,
         work.device,
         raise_on_bad_image=config.on_error is OnError.RAISE,
         images=images,
@@ -418,7 +433,7 @@ def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOpti
 
 
 def _embed_alone(
-    runner: Any, shards: Sequence[Shard], work: Work, options: EmbedOptions, failures: dict[str, ShardFailure]
+    runner: Any, shards: Sequence[Shard], plan: Plan, options: EmbedOptions, failures: dict[str, ShardFailure]
 ) -> None:
     """Try shards once more whose failure may be another one's: each by itself, so that it is nobody else's this time.
 
@@ -429,16 +444,18 @@ def _embed_alone(
         if in_vain == ALONE_IN_VAIN:
             return
         del failures[shard.name]
-        parameters = {"shards": (shard,), "embedder": work.embedder, "options": options, "span": span([shard])}
-        for _ in _drain({runner.submit(embed_shards, parameters=parameters): (shard,)}, failures):
-            pass
+        for recipes in passes(plan.missing(shard)):
+            parameters = {"shards": (shard,), "recipes": recipes, "options": options, "span": span([shard])}
+            for _ in _drain({runner.submit(embed_shards, parameters=parameters): (shard,)}, failures):
+                pass
         in_vain = in_vain + 1 if shard.name in failures else 0
 
 
 def _damaged(plan: Plan, failures: Mapping[str, ShardFailure]) -> list[Shard]:
-    """The shards that could not be merged because their embeddings, whole by their footer, have a damaged page."""
+    """The shards that could not be merged because a layer's file, whole by its footer, has a damaged page."""
     failed = [shard for shard in plan.to_merge if shard.name in failures]
-    return [shard for shard in failed if not intact(shard.target, shard.embeddings_file)]
+    names = [layer.name for layer in plan.asked]
+    return [shard for shard in failed if not all(intact(shard.target, shard.layer_file(name)) for name in names)]
 
 
 def _embed_damaged(
@@ -449,8 +466,9 @@ def _embed_damaged(
     futures = {}
     for shard in shards:
         del failures[shard.name]
-        parameters = {"shards": (shard,), "embedder": work.embedder, "options": options, "span": span([shard])}
-        futures[runner.submit(embed_shards, parameters=parameters)] = (shard,)
+        for recipes in passes(work.plan.recipes):
+            parameters = {"shards": (shard,), "recipes": recipes, "options": options, "span": span([shard])}
+            futures[runner.submit(embed_shards, parameters=parameters)] = (shard,)
     for _ in _drain(futures, failures):
         pass
 
@@ -458,11 +476,11 @@ def _embed_damaged(
 def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:
     """Join every embedded shard whose merged file is missing or old."""
     options = plan.options
-    backend = "cudf" if work.device == "cuda" else "pandas"
     futures = {}
     for start in range(0, len(plan.to_merge), SHARDS_PER_MERGE):
         group = plan.to_merge[start : start + SHARDS_PER_MERGE]
-        parameters = {"shards": group, "options": options, "backend": backend, "span": span(group)}
+        records = {shard.name: plan.records(shard) for shard in group}
+        parameters = {"shards": group, "records": records, "options": options, "span": span(group)}
         futures[runner.submit(merge_shards, parameters=parameters)] = group
     for _ in _drain(futures, failures):
         pass
@@ -471,7 +489,7 @@ def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failure
 def _write_parts(runner: Any, plan: Plan, work: Work, failures: dict[str, ShardFailure]) -> None:
     """Make files of an even size of the merged ones, where that was asked for."""
     missing = missing_parts(plan)
-    schema = common_schema(plan, work.fingerprint) if missing else None
+    schema = common_schema(plan) if missing else None
     futures: dict[Any, Sequence[Shard]] = {}
     for group in part_groups(missing):
         parameters = {"parts": group, "output": plan.shards[0].output, "options": plan.options, "schema": schema}
@@ -480,8 +498,13 @@ def _write_parts(runner: Any, plan: Plan, work: Work, failures: dict[str, ShardF
         pass
 
 
-def _drain(futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]) -> Iterator[Any]:
-    """The results of futures as they finish. A failed one is noted for its shards and stops none of the others."""
+def _drain(
+    futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]
+) -> Iterator[tuple[Sequence[Shard], Any]]:
+    """Yield the shards and the result of each future as it finishes.
+
+    A failed one is noted for its shards, and stops none of the others.
+    """
     future: Any  # Prefect's type knows nothing of the Dask future inside
     for future in as_completed(list(futures)):
         error: BaseException | None = None
@@ -491,7 +514,7 @@ def _drain(futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFail
             error = raised
         future.wrapped_future.release()  # a result held on a worker that dies would be computed again
         if error is None:
-            yield result
+            yield futures[future], result
         elif isinstance(error, ShardsFailed):
             failures.update({failure.shard: failure for failure in error.failures})
         else:

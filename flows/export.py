@@ -1,18 +1,24 @@
-"""`python -m flows.export OUT --format npy|faiss|lance`: a finished dataset in the layouts of other tools."""
+"""`python -m flows.export OUT --format npy|faiss|lance`: write a finished dataset in the layout of another tool."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError, MalformedShard
 from flows.errors import explain
-from tasks.counted import counted
-from tasks.dataset.export import WRITERS, Dtype, Exported, whole_folder
+from tasks.dataset.export.faiss_index import export_faiss
+from tasks.dataset.export.lance_dataset import export_lance
+from tasks.dataset.export.npy import export_npy
+from tasks.dataset.export.source import Dtype, Exported
+from tasks.dataset.export.whole_folder import whole_folder
 from tasks.storage.folder import Folder, writing
+from tasks.wording import counted
+
+WRITERS: dict[str, Callable[..., int]] = {"npy": export_npy, "faiss": export_faiss, "lance": export_lance}
 
 app = App(
     name="python -m flows.export",
@@ -32,6 +38,7 @@ def export(
     rows_per_file: int = 1_000_000,
     index: Literal["auto", "flat", "ivf"] = "auto",
     dataset: str | None = None,
+    layer: str | None = None,
 ) -> str:
     """Write a dataset that flows.embed made in the layout of another tool.
 
@@ -40,19 +47,21 @@ def export(
     output
         The --output of a run of flows.embed.
     format
-        npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as clip-retrieval and autofaiss have them;
+        npy: img_emb/img_emb_0.npy and metadata/metadata_0.parquet, as in clip-retrieval and autofaiss;
         faiss: vectors.index and ids.parquet; lance: data.lance.
     to
-        The folder or fsspec URL to write, OUT/export/FORMAT by default. An earlier export there is replaced when this
-        one is whole.
+        Folder or fsspec URL to write, OUT/export/FORMAT by default. This export replaces an earlier one there when it
+        is complete.
     dtype
-        Of the values in npy and lance.
+        Type of the values in npy and lance.
     rows_per_file
-        Rows of each pair of files, for npy.
+        Rows per pair of files, for npy.
     index
         For faiss: flat is exact and in memory, ivf searches parts and stays on disk; auto is flat up to 4 GiB.
     dataset
-        The dataset's folder, for one that was embedded in place and is not where it was.
+        The dataset's folder, if it was embedded in place and has moved.
+    layer
+        The layer of vectors to export, if the output has several. By default the first of the last run.
     """
     if rows_per_file < 1:
         raise InputError(f"--rows-per-file: give at least 1, not {rows_per_file}")
@@ -62,7 +71,7 @@ def export(
         "faiss": {"kind": index},
         "lance": {"dtype": dtype},
     }
-    made = Exported.open(output, dataset)
+    made = Exported.open(output, dataset, layer)
     made_of = {"format": format, "from": made.folder.url, **options[format]}
     with writing(target.url, "give another --to"), whole_folder(target, made_of) as folder:
         rows = WRITERS[format](made, folder, **options[format])
@@ -71,7 +80,7 @@ def export(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, MalformedShard, OSError) as error:

@@ -1,4 +1,4 @@
-"""A home for Prefect where the user has none: it keeps settings there, and a local server keeps its database."""
+"""Give Prefect a home folder where the user has none; it keeps its settings and a local server's database there."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 def provide_home() -> None:
     """Set PREFECT_HOME to a temporary folder if the user's home cannot be written to.
 
-    Prefect reads it while it is imported, so call this before. The folder goes when the process ends. A PREFECT_HOME
-    that the user has set stays.
+    Call this before Prefect is imported, which reads the variable. The folder is removed when the process ends. A
+    PREFECT_HOME that the user has set stays as it is.
     """
     if "PREFECT_HOME" in os.environ or _can_have_home():
         return

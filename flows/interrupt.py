@@ -1,4 +1,4 @@
-"""How a run ends that is told to: within seconds, with nothing left behind, and with the status a shell expects."""
+"""Shut down cleanly on SIGINT or SIGTERM: within seconds, with no process left, and with the status shells expect."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from types import FrameType
 
 SECONDS_TO_END = 8.0
-"""What an orderly end may take. Then everything this process has started is killed, and so is it: files are whole."""
+"""An orderly shutdown may take this long. After that this process kills all that it started, and itself. No file is
+left half-written."""
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """Raised when SIGTERM arrives, as KeyboardInterrupt is for SIGINT."""
 
 
 _orderly_end: threading.Timer | None = None
@@ -23,9 +24,13 @@ _armed = False
 
 @contextlib.contextmanager
 def ending_in_time() -> Iterator[None]:
-    """Within the block SIGINT raises KeyboardInterrupt and SIGTERM Terminated, and what follows has little time.
+    """Within the block, raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM, and limit the time to end.
 
-    For a command that owns its process, in its main thread.
+    Use it in the main thread of a command that owns its process. A second Ctrl-C ends the process at once.
+
+    Example:
+        >>> with ending_in_time():
+        ...     status = run_the_command()
     """
     global _armed, _orderly_end
 
@@ -50,7 +55,7 @@ def ending_in_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noticing_prefects_signal() -> Iterator[None]:
-    """Let the time of an orderly end begin when Prefect, whose flows handle SIGTERM themselves, has got it."""
+    """Limit the time to end also if Prefect gets the SIGTERM, since its flows install a handler of their own."""
     from prefect.exceptions import TerminationSignal
 
     try:
@@ -61,7 +66,11 @@ def noticing_prefects_signal() -> Iterator[None]:
 
 
 def hurry(status: int) -> None:
-    """Begin the time of an orderly end, if this process is a command's and it has not begun."""
+    """Start the time limit of an orderly shutdown, if this process is a command's and no limit runs yet.
+
+    Args:
+        status: Exit status if the time is not enough: 130 for SIGINT, 143 for SIGTERM.
+    """
     global _orderly_end
     if not _armed or _orderly_end is not None:
         return
@@ -77,5 +86,5 @@ def _end_now(status: int) -> None:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
-    os.write(2, b"stopped at once; the same command does what is missing\n")
+    os.write(2, b"stopped at once; run the same command again to finish\n")
     os._exit(status)

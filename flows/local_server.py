@@ -1,6 +1,6 @@
-"""A local Prefect server in a process of its own: it ends with the run that started it, however that ends.
+"""The process of a local Prefect server; it ends with the run that started it, however that ends.
 
-Run by path, with the descriptor of the socket to listen on and the process id of the run.
+`flows/server.py` runs this file by its path, with the descriptor of the socket to listen on and the run's process id.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent is gone, also by SIGKILL."""
+    """Have the kernel kill this process when its parent is gone, even if that was killed.
+
+    Args:
+        parent: Process id of the run.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the kernel knew
+    if os.getppid() != parent:  # it ended before the kernel could watch it
         os._exit(1)
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve until told to stop. What is wrong goes to standard error, and the exit status is not 0."""
+    """Serve until SIGTERM. An error goes to standard error and makes the exit status 1.
+
+    Args:
+        descriptor: File descriptor of the listening socket.
+        parent: Process id of the run.
+    """
     end_with_parent(parent)
     import uvicorn
 

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError, MalformedShard
 from embedders.quarantine import Reason
+from embedders.recipe import Recipe, recipes_of
 from embedders.samples import chosen_extensions
 from embedders.webdataset import OpenShard, twice
 from flows.config import EmbedConfig
 from flows.progress import Progress
-from tasks.cluster import OwnCluster, choose_device, choose_workers
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import check_json_members, check_metadata
 from tasks.dataset.schema import held_schema
+from tasks.existing_cluster import check_scheduler
+from tasks.hardware import choose_device
 from tasks.index import open_local
-from tasks.keys import digest
+from tasks.layers import ID
 from tasks.manifest import Manifest
-from tasks.plan import MergeOptions, Plan, plan_in_one_schema
-from tasks.scheduler import check_scheduler
-from tasks.shards import Shard, find_shards, with_content_fingerprints
+from tasks.own_cluster import OwnCluster
+from tasks.plan import Plan, plan_in_one_schema
+from tasks.records import PART
+from tasks.shards import find_shards, with_content_fingerprints
 from tasks.storage.folder import Folder
+from tasks.worker.shared_engine import embedders_of
+from tasks.worker_count import choose_workers
 
 CHECKED_TARS = 8
 CHECKED_METADATA = 64
@@ -36,17 +42,31 @@ BYTES_AN_IMAGE = 60_000
 
 @dataclass(frozen=True)
 class Work:
-    """What a run starts from."""
+    """What a run starts from.
 
-    embedder: ImageEmbedder
-    fingerprint: dict[str, Any]
+    Attributes:
+        device: "cuda", "cpu" or "auto".
+        plan: What is done and what is left to do.
+        images: About how many there are to embed.
+        started: When the run began, by the monotonic clock.
+        given: Whether an embedder was given as an object, which no command line can.
+    """
+
     device: str
     plan: Plan
     images: int
-    """About how many there are to embed."""
     started: float
     given: bool = False
-    """Whether the embedder was given as an object, which no command line can."""
+
+    @property
+    def embedders(self) -> tuple[ImageEmbedder, ...]:
+        """Return the embedders of this run."""
+        return tuple(embedders_of(self.plan.recipes).values())
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Return lines that a person should read before the run."""
+        return tuple(embedder.notice for embedder in self.embedders if embedder.notice)
 
     def workers(self, config: EmbedConfig) -> int:
         """How many worker processes a cluster of our own has for it."""
@@ -66,10 +86,15 @@ class RunProgress:
     manifest: Manifest | None = None
 
 
-def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
-    """Everything that can be found wrong before anything is started or written.
+def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> Work:
+    """Find everything that can be found wrong before anything is started or written.
 
-    :raises InputError: says what is wrong and what to do.
+    Args:
+        config: The run's parameters.
+        embedders: By default those that the parameters describe.
+
+    Raises:
+        InputError: Says what is wrong and what to do.
     """
     started = time.monotonic()
     target = Folder(config.output)
@@ -80,48 +105,54 @@ def prepare(config: EmbedConfig, embedder: ImageEmbedder | None) -> Work:
     if config.fingerprint == "content":
         shards = with_content_fingerprints(shards)
     device = "auto" if config.scheduler else choose_device(config.device)
-    given = embedder is not None
-    embedder = embedder if embedder is not None else config.build_embedder()
-    if device == "cpu" and getattr(embedder, "precision", None) == "float8":
+    given, embedders = bool(embedders), tuple(embedders) or config.build_embedders()
+    if device == "cpu" and any(getattr(embedder, "precision", None) == "float8" for embedder in embedders):
         raise InputError("--precision float8 needs a GPU, and there is none here; give float16 or leave it out")
-    fingerprint = embedder.fingerprint()
-    options = replace(merge_options(config, embedder), embedder=fingerprint)
+    recipes = tuple(recipe for embedder in embedders for recipe in recipes_of(embedder))
+    check_names(recipes, config.id_col)
+    held = functools.partial(held_schema, config.output)
+    how = {"overwrite": config.overwrite, "verify": config.verify}
     try:
-        plan = plan_in_one_schema(
-            shards,
-            digest(fingerprint),
-            options,
-            None if config.in_place else held_schema(config.output, options.column),
-            overwrite=config.overwrite,
-            accepts=embedder.accepts,
-            verify=config.verify,
-        )
+        plan = plan_in_one_schema(shards, recipes, config.merge_options(), held, **how)
     except OSError as error:
         target.refuse(error)
     if plan.to_embed:
-        embedder.check()
-    images = _check_inputs(plan.to_embed, config, embedder.image_component, options.column)
-    return Work(embedder, fingerprint, device, plan, images, started, given)
+        for embedder in embedders:
+            embedder.check()
+    components = dict.fromkeys(embedder.image_component for embedder in embedders)
+    images = max(_check_inputs(plan, config, component) for component in components)
+    return Work(device, plan, images, started, given)
 
 
-def merge_options(config: EmbedConfig, embedder: ImageEmbedder) -> MergeOptions:
-    """How embeddings join the metadata; an embedder object knows the name of its column.
+def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
+    """Refuse names of layers and their columns that cannot be used.
 
-    :raises InputError: the column has the name of one with ids.
+    Raises:
+        InputError: Two have one name, one has the name of the ids' column, or one cannot be a folder's name.
     """
-    column = embedder.image_embedding_column
-    if column in ("id", config.id_col):  # embeddings files hold the ids as "id"
-        raise InputError(f"the embedding column cannot be called {column!r}: ids are; give --image-embedding-column")
-    return config.model_copy(update={"image_embedding_column": column}).merge_options()
+    names = [name for recipe in recipes for name in recipe.columns]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"two columns would be called {name!r}; give a --image-embedding-column for each model, or another name"
+            )
+        if name in (ID, PART, id_col):  # layer files hold ids as "id" and the numbers of several rows as "part"
+            raise InputError(f"a column cannot be called {name!r}: another one is; give --image-embedding-column")
+    for layer in (recipe.layer for recipe in recipes):
+        if not layer or layer.startswith(".") or "/" in layer or "\0" in layer:
+            raise InputError(
+                f"a layer cannot be called {layer!r}: its folder could not be; give another --image-embedding-column"
+            )
 
 
-def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component: str | None, column: str) -> int:
+def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) -> int:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
 
     :return: about how many images all shards hold, if they are like those looked at.
     :raises InputError: the metadata do not fit, or no sample of these tars has an image by --image-component.
     """
-    of_bytes, opened = 0, []
+    of_bytes, opened, shards = 0, [], plan.to_embed
+    names = {*plan.options.names, *(name for recipe in plan.recipes for name in recipe.columns)}
     for number, shard in enumerate(shards[:CHECKED_METADATA]):
         ids = None
         if number < CHECKED_TARS and shard.source.is_local:
@@ -129,14 +160,14 @@ def _check_inputs(shards: Sequence[Shard], config: EmbedConfig, image_component:
                 path = shard.source.path(shard.tar)
                 opened.append(open_local(shard, path, config.id_col, keep=False, image_component=image_component))
                 if shard.metadata is None:
-                    check_json_members(shard, config.id_col, column)
+                    check_json_members(shard, config.id_col, names)
             except (MalformedShard, OSError):
                 continue  # damage is the shard's own fault: it fails by name and the others go on
-            ids, of_bytes = opened[-1].ids, of_bytes + shard.tar_bytes
+            ids, of_bytes = opened[-1].samples.ids, of_bytes + shard.tar_bytes
         with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
             check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
     _check_images(opened, image_component)
-    images = sum(len(tar.ids) for tar in opened)
+    images = sum(tar.count for tar in opened)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
     return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
 
@@ -146,7 +177,9 @@ def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> N
 
     :raises InputError: every sample has several images and none is chosen, or none has the chosen one.
     """
-    if not any(tar.ids for tar in opened) or any(image for tar in opened for image in tar.images):
+    if not any(tar.count for tar in opened) or any(tar.samples.places.any() for tar in opened):
+        return
+    if any(image for tar in opened for image in tar.images):
         return
     unusable = [(tar, i, *why) for tar in opened for i, why in tar.unusable.items()]
     several = [reason is Reason.AMBIGUOUS_IMAGE and not twice(tar.index.samples[i]) for tar, i, reason, _ in unusable]
@@ -163,15 +196,21 @@ def count_shards(config: EmbedConfig) -> int:
     return len(Folder(config.dataset).list(".tar"))
 
 
-def surely_unfinished(config: EmbedConfig) -> bool:
-    """Whether the listing of local folders already shows that there is something to do."""
+def surely_unfinished(config: EmbedConfig, columns: Sequence[str]) -> bool:
+    """Return whether the listing of local folders already shows that there is something to do.
+
+    Args:
+        config: The run's parameters.
+        columns: The names of the layers, as far as they are known.
+    """
     try:
         source, target = Folder(config.dataset), Folder(config.output)
         if not (source.is_local and target.is_local):
             return False
         tars = {file.name.removesuffix(".tar") for file in source.list(".tar")}
-        done = {file.name.removesuffix(".parquet") for file in Folder(target.path("embeddings")).list(".parquet")}
-        return not tars <= done
+        layers = Folder(target.place("layers"))
+        done = [{f.name.removesuffix(".parquet") for f in Folder(layers.place(c)).list(".parquet")} for c in columns]
+        return bool(done) and not all(tars <= names for names in done)
     except (InputError, OSError):
         return False  # planning will say what is wrong
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live view on a terminal, lines elsewhere, nothing when asked."""
+"""Show the progress of a run: a live view on a terminal or in a notebook, lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tasks.counted import counted
-from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.plan import Plan, embedding_jobs
+from tasks.records import LayerRecord
+from tasks.wording import counted
 
 RECENT = 60.0
-"""Seconds that "now" looks back."""
+"""Seconds over which the current rate is an average."""
 
 
 class Progress(Protocol):
-    """Is told what a run finds and does."""
+    """What a run reports its progress to: a context manager that is entered while shards are embedded."""
 
     def note(self, text: str) -> None:
-        """A line that a person should read."""
+        """Show a line that the user should read."""
 
     def found(self, plan: Plan, images: int = 0) -> None:
-        """The plan before the work; about how many images there are to embed, 0 if nobody knows."""
+        """Take the plan, before the work.
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """A group of shards is through."""
+        Args:
+            plan: What is done and what is to do.
+            images: About how many images there are to embed; 0 if unknown.
+        """
+
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Take the records of a finished group of shards."""
 
     def __enter__(self) -> Self: ...
 
@@ -48,16 +53,16 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Says nothing."""
+    """Show nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Ignore it."""
 
     def found(self, plan: Plan, images: int = 0) -> None:
-        """Nothing."""
+        """Ignore it."""
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """Nothing."""
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Ignore it."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +88,7 @@ class ProgressGroup:
         for progress in self.all:
             progress.found(plan, images)
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Pass it on."""
         for progress in self.all:
             progress.embedded(records)
@@ -101,21 +106,40 @@ class ProgressGroup:
 
 @dataclass
 class Pace:
-    """How far a run is, and how fast: counts of shards and images of this run, times in seconds."""
+    """How far a run is, and how fast. Counts are shards and images of this run, times are in seconds."""
 
     shards_in_all: int = 0
     images_in_all: int = 0
-    """About; what the shards that are through tell counts for more and more."""
+    """An estimate until the last shard is done."""
+    several_passes: bool = False
+    """Whether some shards are read more than once, for models that cannot share a pass; each time counts."""
     shards: int = 0
     images: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     work: dict[str, float] = field(default_factory=dict)
-    """When the first shard was begun and the last one ended: a rate does not include the start of the workers."""
+    """When the first shard began and the last one ended, so that rates do not include the start of the workers."""
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def count(self, records: Sequence[EmbeddingRecord]) -> None:
-        """A group of shards is through."""
+    @classmethod
+    def of(cls, plan: Plan, images: int) -> Pace:
+        """Return the pace at the beginning of a run.
+
+        Args:
+            plan: What there is to do.
+            images: How many images its shards hold, about.
+        """
+        shards, passes = len(plan.to_embed), sum(len(shards) for _, shards in embedding_jobs(plan))
+        return cls(passes, images * passes // max(shards, 1), passes > shards)
+
+    @property
+    def progress(self) -> str:
+        """Return how many shards are done, in words."""
+        of = counted(self.shards_in_all, "pass over a shard", "passes over shards")
+        return f"{self.shards:,} of {of if self.several_passes else counted(self.shards_in_all, 'shard')}"
+
+    def count(self, records: Sequence[LayerRecord]) -> None:
+        """Count a finished group of shards."""
         self.shards += len(records)
         self.images += sum(record.samples for record in records)
         for record in records:
@@ -129,17 +153,17 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """How much is done, from 0 to 1."""
+        """Return how much is done, from 0 to 1."""
         return self.shards / self.shards_in_all if self.shards_in_all else 1.0
 
     @property
     def average(self) -> float:
-        """Images a second from the first shard's begin to the last one's end."""
+        """Return the images per second from the begin of the first shard to the end of the last."""
         return self.images / max(self.work["ended"] - self.work["began"], 0.01) if self.work else 0.0
 
     @property
     def now(self) -> float:
-        """Images a second over the last minute, at least since the last but one group."""
+        """Return the images per second over the last minute, or since the last group but one if that is longer ago."""
         while len(self._recent) > 2 and self._recent[1][0] < time.monotonic() - RECENT:
             self._recent.popleft()
         if len(self._recent) < 2:
@@ -149,24 +173,24 @@ class Pace:
 
     @property
     def seconds_left(self) -> float | None:
-        """None while nothing is through."""
+        """Return the estimated time left, or None before the first shard is done."""
         return (time.monotonic() - self.started) * (1 / self.share - 1) if self.share else None
 
     @property
     def left(self) -> str:
-        """The time left as a person says it."""
+        """Return the time left in words."""
         seconds = self.seconds_left
         return "starting" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left"
 
     @property
     def bad(self) -> str:
-        """What was quarantined, by reason."""
+        """Return the number of quarantined samples in words, by reason."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.quarantined.most_common())
         return f"{self.quarantined.total():,} quarantined" + (f" ({reasons})" if reasons else "")
 
 
 class Terminal:
-    """Writes to standard error: a live view where that is a terminal, a line a group of shards where not."""
+    """Show progress on standard error: as a live view on a terminal, else as one line per group of shards."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -175,37 +199,36 @@ class Terminal:
         self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=2)
 
     def note(self, text: str) -> None:
-        """Say it."""
+        """Print it."""
         self.console.print(text)
 
     def found(self, plan: Plan, images: int = 0) -> None:
-        """Say what there is to do."""
+        """Print what there is to do."""
         total = len(plan.to_embed)
         done = len(plan.shards) - total
-        self.pace = Pace(total, images)
+        self.pace = Pace.of(plan, images)
         if not plan.to_embed and not plan.to_merge:
             self.console.print(f"{counted(done, 'shard')}, all done already: nothing to embed, nothing to merge")
             return
         self.console.print(f"{counted(len(plan.shards), 'shard')}: {total:,} to embed, {done:,} done already")
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """Count a group of shards."""
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Count a finished group of shards, and print a line if there is no live view."""
         pace = self.pace
         pace.count(records)
         if not self.console.is_terminal:
             rate = f"{pace.average:.1f} images/s, {pace.quarantined.total()} quarantined"
-            done = f"{pace.shards}/{counted(pace.shards_in_all, 'shard')}, {counted(pace.images, 'image')}"
-            self.console.print(f"{done}, {rate}")
+            self.console.print(f"{pace.progress}, {counted(pace.images, 'image')}, {rate}")
 
     def view(self) -> Group:
-        """What the terminal shows now."""
+        """Return what the terminal shows now."""
         pace = self.pace
         images = counted(pace.images, "image")
         if pace.images_in_all > pace.images:
             images = f"{pace.images:,} of about {counted(pace.images_in_all, 'image')}"
         table = Table.grid(padding=(0, 2))
         table.add_row("shards", ProgressBar(max(pace.shards_in_all, 1), pace.shards, width=40), pace.left)
-        table.add_row("", f"{pace.shards:,} of {pace.shards_in_all:,}", images)
+        table.add_row("", pace.progress, images)
         table.add_row("images/s", f"{pace.now:,.1f} now", f"{pace.average:,.1f} on average")
         for line in gpu_lines(self._gpus):
             table.add_row(*line)
@@ -224,14 +247,14 @@ class Terminal:
 
 
 class Notebook(Terminal):
-    """Shows in a notebook what a terminal shows, in one output that each group of shards updates."""
+    """Show in a notebook what a terminal shows, in one output that each finished group of shards updates."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._output: Any = None
 
-    def embedded(self, records: Sequence[EmbeddingRecord]) -> None:
-        """Count a group of shards, and show it."""
+    def embedded(self, records: Sequence[LayerRecord]) -> None:
+        """Count a finished group of shards, and update the output."""
         from IPython.display import HTML, display
 
         self.pace.count(records)
@@ -257,9 +280,9 @@ CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Prefect's and Dask's own log lines to themselves within the block, here and in the workers it starts.
+    """Keep Prefect's and Dask's log lines off the terminal within the block, here and in the workers it starts.
 
-    Prefect's server still gets them. Where the user has set PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL, that counts.
+    Prefect's server still gets them. If the user has set PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL, nothing changes.
     """
     if CONSOLE_LEVEL in os.environ:
         yield
@@ -282,7 +305,7 @@ def quiet() -> Iterator[None]:
 
 
 def open_gpus() -> list[Any]:
-    """Handles to ask the GPUs how busy they are, without a CUDA context; none where that cannot be asked."""
+    """Return NVML handles of the GPUs, which open no CUDA context; none without NVML or a driver."""
     try:
         import pynvml
 
@@ -293,7 +316,14 @@ def open_gpus() -> list[Any]:
 
 
 def gpu_lines(gpus: Sequence[Any]) -> list[tuple[str, str, str]]:
-    """How busy each GPU and its JPEG decoder are, in percent of the last moment, where that is known."""
+    """Return how busy each GPU and its JPEG decoder are, as the three cells of a row of the live view.
+
+    Args:
+        gpus: Handles from `open_gpus`.
+
+    Returns:
+        Name, use of the GPU and use of its decoder in percent. A GPU that reports neither has no row.
+    """
     lines = []
     for number, gpu in enumerate(gpus):
         import pynvml

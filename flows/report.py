@@ -1,4 +1,4 @@
-"""`python -m flows.report OUT`: one page that shows what an output holds; it needs no network to be looked at."""
+"""`python -m flows.report OUT`: write report.html, one page that shows what an output holds, without a network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from cyclopts import App, CycloptsError
 
 from embedders.errors import InputError
 from flows.errors import explain
-from tasks.counted import counted
-from tasks.dataset.sampling import Pictures, Sampled, sample_vectors
+from tasks.dataset.sampling import Sampled, sample_vectors
+from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
-from tasks.records import EmbeddingRecord, embedding_record, read_footers
+from tasks.records import LayerRecord, layer_record, read_footers
 from tasks.storage.folder import Folder, writing
 from tasks.vector_checks import measure_vectors
+from tasks.wording import counted
 
 app = App(
     name="python -m flows.report",
@@ -29,11 +30,14 @@ app = App(
 )
 REPORT = "report.html"
 VECTORS = 6000
+"""Vectors that are sampled."""
 MAP_POINTS = 1200
 QUERIES, NEIGHBOURS = 12, 6
-DUPLICATES, SAME = 24, 0.98
+DUPLICATES = 24
+DUPLICATE_COSINE = 0.98
+"""Pairs with a higher cosine count as near duplicates."""
 QUARANTINED = 48
-SECONDS_A_BIN = 60
+SECONDS_PER_BIN = 60
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.6em}h2{margin-top:2em;border-bottom:1px solid #ddd}td,th{padding:.15em 1em .15em 0;text-align:left;
 vertical-align:top}.wrong{background:#fdd;border-left:6px solid #c00;padding:.6em 1em}.row{display:flex;gap:8px;
@@ -47,31 +51,45 @@ map.on('plotly_unhover',()=>{hover.style.display='none'});</script>"""
 
 
 def write_report(
-    output: str, seed: int = 0, dataset: str | None = None, note: Callable[[str], None] = lambda text: None
+    output: str,
+    seed: int = 0,
+    dataset: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    layer: str | None = None,
 ) -> str:
-    """Write report.html into an output; its place.
+    """Write report.html into an output and return its path or URL.
 
-    What is read does not grow with the dataset: footers apart, a few shards' vectors and some hundred images.
+    Apart from the footers, it reads only a few shards' vectors and some hundred images, however large the dataset is.
 
-    :param dataset: where the dataset is, if it is not where the manifest says.
-    :param note: is told why pictures are missing, if they are.
-    :raises InputError: the output has no manifest, or cannot be written to.
+    Args:
+        output: Folder or fsspec URL of the output.
+        seed: Seed of the sample of vectors.
+        dataset: Where the dataset is, if it is not where the manifest says.
+        note: Called with a line if pictures are missing.
+        layer: The layer to show; by default the first of the last run.
+
+    Raises:
+        InputError: The output has no manifest or no such layer, or cannot be written to.
+
+    Example:
+        >>> write_report("out")
+        '/data/out/report.html'
     """
     try:
         import plotly.offline
     except ImportError as error:
         raise InputError("the report needs plotly: pip install plotly") from error
     folder = Folder(output)
-    manifest = read_manifest(output, dataset)
+    manifest = read_manifest(output, dataset, layer)
     generator = np.random.default_rng(seed)
-    sampled = sample_vectors(folder, VECTORS, generator)
+    sampled = sample_vectors(folder, manifest.column, VECTORS, generator)
     component = manifest.embedder.get("image_component")
     limit = manifest.embedder.get("max_pixels")
-    pictures = Pictures(manifest.dataset, output, component, limit) if manifest.dataset else None
-    parts = [_facts(manifest, sampled), _throughput(folder)]
+    pictures = Pictures(manifest.dataset, output, manifest.column, component, limit) if manifest.dataset else None
+    parts = [_facts(manifest, sampled), _layers(manifest), _throughput(folder, manifest.column)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]
-    parts.append(_quarantine(folder, pictures, manifest.left_out))
+    parts.append(_quarantine(folder, manifest.column, pictures, manifest.left_out))
     if pictures and pictures.missing:
         parts.insert(1, f"<p class=wrong>{_text(pictures.missing[0].upper() + pictures.missing[1:])}</p>")
         note(f"warning: {pictures.missing}")
@@ -93,7 +111,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
         "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
         "rows": manifest.told_rows,
-        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s once the first had begun",
+        "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s, start-up excluded",
         "dimensions": manifest.dimensions,
         **manifest.embedder,
         **({"precision": manifest.computed} if manifest.computed else {}),
@@ -101,7 +119,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "versions": manifest.versions,
     }
     rows = "".join(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items())
-    links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "embeddings/", "quarantine/"))
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "layers/", "quarantine/"))
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
     failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
@@ -110,21 +128,35 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"
 
 
+def _layers(manifest: Manifest) -> str:
+    """The account of each layer, if there are several."""
+    if len(manifest.layers) < 2:
+        return ""
+    rows = "".join(
+        f"<tr><th>{_text(name)}<td>{_text(layer.made_of.get('model') or layer.made_of.get('embedder') or '')}"
+        f"<td>{layer.samples:,}<td>{layer.embedded:,}<td>{layer.quarantined:,}"
+        f"<td>{_text({name: (it['dtype'], *it['shape']) for name, it in layer.columns.items()})}"
+        for name, layer in manifest.layers.items()
+    )
+    head = "".join(f"<th>{name}" for name in ("layer", "model", "samples", "embedded", "quarantined", "columns"))
+    return f"<h2>Layers</h2><table><tr>{head}{rows}</table>"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{name} {it}" for name, it in value.items())
     return html.escape(str(value))
 
 
-def _throughput(folder: Folder) -> str:
-    """Images a second over time by worker, from the times in the footers."""
-    embeddings = Folder(f"{folder.url.rstrip('/')}/embeddings")
-    footers = read_footers(embeddings, embeddings.list(".parquet"))
-    records = [record for _, footer in footers if (record := embedding_record(footer)) and record.work]
+def _throughput(folder: Folder, layer: str) -> str:
+    """Draw each worker's images per second over time, from the times in the footers."""
+    files = Folder(folder.place(f"layers/{layer}"))
+    footers = read_footers(files, files.list(".parquet"))
+    records = [record for _, footer in footers if (record := layer_record(footer)) and record.work]
     if not records:
         return ""
     began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)
-    bins = int(min(max((ended - began) / SECONDS_A_BIN, 20), 200))
+    bins = int(min(max((ended - began) / SECONDS_PER_BIN, 20), 200))
     edges = np.linspace(began, max(ended, began + 0.01), bins + 1)
     lines = {worker: np.zeros(bins) for worker in sorted({record.worker for record in records})}
     for record in records:
@@ -140,8 +172,8 @@ def _throughput(folder: Folder) -> str:
 STAGES = ("read", "decode", "model", "write")
 
 
-def _stages(records: Sequence[EmbeddingRecord]) -> str:
-    """What each worker's time went to. Stages run side by side: the longest one is what the others wait for."""
+def _stages(records: Sequence[LayerRecord]) -> str:
+    """Show what each worker spent its time on. Stages run in parallel, so the others wait for the longest one."""
     rows = []
     for worker in sorted({record.worker for record in records}):
         works = [record.work for record in records if record.worker == worker]
@@ -155,8 +187,16 @@ def _stages(records: Sequence[EmbeddingRecord]) -> str:
     return f"<h3>Where the time went</h3><table><tr><th>worker{head}{''.join(rows)}</table>"
 
 
-def _rate(record: EmbeddingRecord, edges: np.ndarray) -> np.ndarray:
-    """A shard's images a second in each bin, spread evenly over the time that it was in work."""
+def _rate(record: LayerRecord, edges: np.ndarray) -> np.ndarray:
+    """Return a shard's images per second in each bin, as if it had been processed at a constant rate.
+
+    Args:
+        record: The shard's record.
+        edges: Edges of the bins as times in seconds, (bins + 1,).
+
+    Returns:
+        (bins,) float64.
+    """
     start, stop = record.work["began"], max(record.work["ended"], record.work["began"] + 0.01)
     inside = np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
     return np.asarray(inside / (stop - start) * record.samples / np.diff(edges))
@@ -179,7 +219,7 @@ def _spread(sampled: Sampled) -> str:
 
 
 def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
-    """The sample in two dimensions."""
+    """Draw the sampled vectors in two dimensions, with the image of the point under the pointer."""
     rows = generator.permutation(len(sampled.vectors))[:MAP_POINTS]
     points, how = _flattened(sampled.vectors, rows)
     places = [sampled.places[row] for row in rows]
@@ -194,7 +234,15 @@ def _map(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gener
 
 
 def _flattened(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str]:
-    """Some rows of a matrix in two dimensions, and by what: UMAP if it is installed, else principal components."""
+    """Project vectors to two dimensions, by UMAP if it is installed, else by principal components.
+
+    Args:
+        vectors: (n, dimensions) float32.
+        rows: Indices of those to project, (m,).
+
+    Returns:
+        The points, (m, 2), and the name of the method.
+    """
     try:
         from umap import UMAP
     except ImportError:
@@ -202,13 +250,12 @@ def _flattened(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, str]:
         _, axes = np.linalg.eigh(centred.T @ centred)
         return centred[rows] @ axes[:, -2:][:, ::-1], "principal components"
     neighbours = min(15, max(2, len(rows) - 1))
-    return np.asarray(
-        UMAP(n_neighbors=neighbours, metric="cosine", random_state=0).fit_transform(vectors[rows])
-    ), "UMAP"
+    projection = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0)
+    return np.asarray(projection.fit_transform(vectors[rows])), "UMAP"
 
 
 def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Generator) -> str:
-    """Nearest neighbours of some images, and pairs that are nearly the same."""
+    """Show the nearest neighbours of some images, and pairs that are nearly the same."""
     unit = sampled.vectors / np.maximum(np.linalg.norm(sampled.vectors, axis=1, keepdims=True), 1e-30)
     queries = generator.permutation(len(unit))[:QUERIES]
     rows = []
@@ -220,8 +267,8 @@ def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gen
     shown = [sampled.places[i] for row in rows for i, _ in row] + [sampled.places[i] for p in pairs for i in p[1:]]
     urls = pictures.of(shown, 96) if pictures else {}
 
-    def figure(i: int, said: str) -> str:
-        return _figure(urls.get(sampled.places[i]), f"{said} {' '.join(sampled.places[i])}")
+    def figure(i: int, label: str) -> str:
+        return _figure(urls.get(sampled.places[i]), f"{label} {' '.join(sampled.places[i])}")
 
     def score(cosine: float) -> str:
         return "" if np.isinf(cosine) else f"{cosine:.3f}"
@@ -230,17 +277,17 @@ def _alike(sampled: Sampled, pictures: Pictures | None, generator: np.random.Gen
     same = "".join(f"<div class=row>{figure(a, f'{c:.4f}')}{figure(b, '')}</div>" for c, a, b in pairs)
     return (
         f"<h2>Nearest neighbours in the sample</h2>{near}<h2>Near duplicates in the sample</h2>"
-        f"{same or f'<p>No pair with a cosine above {SAME}.</p>'}"
+        f"{same or f'<p>No pair with a cosine above {DUPLICATE_COSINE}.</p>'}"
     )
 
 
 def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
-    """The pairs of rows with the highest cosines above `SAME`; a block of the product at a time."""
+    """Return the pairs of rows with the highest cosines above DUPLICATE_COSINE; compute the product in blocks."""
     found: list[tuple[float, int, int]] = []
     for start in range(0, len(unit), 512):
         cosines = unit[start : start + 512] @ unit[start:].T
         cosines[np.tril_indices(len(cosines), 0, cosines.shape[1])] = 0
-        flat = np.flatnonzero(cosines.ravel() > SAME)
+        flat = np.flatnonzero(cosines.ravel() > DUPLICATE_COSINE)
         best = flat[np.argsort(-cosines.ravel()[flat])[:DUPLICATES]]
         a, b = np.unravel_index(best, cosines.shape)
         block = zip(cosines[a, b].tolist(), (a + start).tolist(), (b + start).tolist(), strict=True)
@@ -248,8 +295,8 @@ def _pairs(unit: np.ndarray) -> list[tuple[float, int, int]]:
     return found
 
 
-def _quarantine(folder: Folder, pictures: Pictures | None, left_out: Collection[str]) -> str:
-    rows = read_quarantine(folder, QUARANTINED, left_out)
+def _quarantine(folder: Folder, layer: str, pictures: Pictures | None, left_out: Collection[str]) -> str:
+    rows = read_quarantine(folder, layer, QUARANTINED, left_out)
     if not rows:
         return ""
     urls = pictures.of([(row["shard"], row["id"]) for row in rows], 96) if pictures else {}
@@ -266,7 +313,7 @@ def _figure(url: str | None, caption: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element."""
+    """Return JSON that can stand in a script element."""
     return json.dumps(value).replace("</", "<\\/").replace("<!--", "<\\!--")
 
 
@@ -278,7 +325,7 @@ def _plot(name: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> st
 
 
 @app.default
-def report(output: str, *, dataset: str | None = None) -> None:
+def report(output: str, *, dataset: str | None = None, layer: str | None = None) -> None:
     """Write OUTPUT/report.html from the files of an output.
 
     Parameters
@@ -286,13 +333,15 @@ def report(output: str, *, dataset: str | None = None) -> None:
     output
         The --output of a run of flows.embed.
     dataset
-        The dataset's folder, if it is not where it was: the pictures are read from there.
+        The dataset's folder, if it has moved. The pictures are read from there.
+    layer
+        The layer of vectors to show, if the output has several. By default the first of the last run.
     """
-    print(write_report(output, dataset=dataset, note=lambda text: print(text, file=sys.stderr)))
+    print(write_report(output, dataset=dataset, layer=layer, note=lambda text: print(text, file=sys.stderr)))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, OSError) as error:

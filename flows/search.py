@@ -1,4 +1,4 @@
-"""`python -m flows.search OUT --image photo.jpg`: the images of a dataset that are most like one."""
+"""`python -m flows.search OUT --image photo.jpg`: find the images of a dataset that are most like one."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from rich.table import Table
 from rich.text import Text
 
 from embedders import ImageEmbedder, TimmImageEmbedder
-from embedders.engine import Engine
+from embedders.engine import Engine, Rows
 from embedders.errors import InputError, MalformedShard, one_line
+from embedders.fingerprint import digest
 from embedders.samples import chosen_extensions
 from embedders.webdataset import open_shard
 from embedders.weights import RANDOM, cached_hub, is_of_hub
 from flows.config import load_embedder
 from flows.errors import explain
 from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
-from tasks.dataset.sampling import Pictures, data_url
+from tasks.dataset.thumbnails import Pictures, data_url
 from tasks.embed import resolve_device
-from tasks.keys import digest
 from tasks.manifest import Manifest, read_manifest
 from tasks.storage.folder import Folder, parted, writing
 
 SHEET = "search.html"
 SIDE = 240
+"""Longer side of a picture, in pixels."""
 COLUMNS = 4
-"""Of the metadata, shown by default."""
-LONGEST = 80
+"""Columns of the metadata that are shown by default."""
+VALUE_LENGTH = 80
 """Characters of a value in the table."""
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
 main{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:200px;font-size:12px;overflow-wrap:anywhere}
@@ -62,28 +63,31 @@ def search(
     checkpoint: str | None = None,
     embedder: str | None = None,
     dataset: str | None = None,
+    layer: str | None = None,
     sheet: str | None = None,
 ) -> list[Found]:
-    """Print the nearest images with their cosines, paths and metadata, and write them as a page with pictures.
+    """Print the nearest images with their cosines, paths and metadata, and write a page with their pictures.
 
     Parameters
     ----------
     output
         The --output of a run of flows.embed.
     image
-        A photograph; it is embedded as the dataset was.
+        A photograph to search for; it is embedded as the dataset was.
     id
-        The id of a sample of the dataset, instead.
+        Or the id of a sample of the dataset.
     count
-        How many to show.
+        How many images to show.
     column
-        A column of the metadata to show; give it again for another one. The first four by default.
+        A column of the metadata to show; repeat it for more. The first four by default.
     checkpoint
-        The weights file, if the dataset was embedded with one that is not where it was.
+        The weights file, if the dataset was embedded with one that has moved.
     embedder
         The custom embedder as module:Class, if the dataset was embedded with one.
     dataset
-        The dataset's folder, if it is not where it was.
+        The dataset's folder, if it has moved.
+    layer
+        The layer of vectors to search, if the output has several. By default the first of the last run.
     sheet
         The page to write. By default a new one in the output: search.html, then search-2.html.
     """
@@ -91,34 +95,42 @@ def search(
         raise InputError("give either --image FILE or --id ID")
     if count < 1:
         raise InputError(f"--count: give at least 1, not {count}")
-    folder = Folder(output)
-    manifest = read_manifest(output, dataset)
+    folder, manifest = Folder(output), read_manifest(output, dataset, layer)
     if image is not None:
         shown = data_url(read_photograph(image), SIDE)
         query, wanted = embed_query(image, manifest, checkpoint, embedder), digest(manifest.embedder)
     else:
         assert id is not None
-        query, wanted, shown = find_vector(folder, id), None, None
-    found = nearest(folder, query, count, wanted)
+        query, wanted, shown = find_vector(folder, manifest.column, id), None, None
+    found = nearest(folder, manifest.column, query, count, wanted)
     rows = read_rows([Folder(manifest.metadata), Folder(folder.place("merged"))], found, manifest.id_col)
-    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, output, component, limit)
+    pictures = _pictures(manifest)
     places = [one.place for one in found]
     lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
     show(lines)
-    urls = pictures.of(places, SIDE)
-    page = contact_sheet(str(image or id), shown, lines, [urls.get(place) for place in places])
+    page = contact_sheet(str(image or id), shown, lines, list(map(pictures.of(places, SIDE).get, places)))
     print(f"pictures: {write_sheet(folder, sheet, page)}", file=sys.stderr)
     if pictures.missing:
         print(f"warning: {pictures.missing}", file=sys.stderr)
     return found
 
 
-def write_sheet(output: Folder, sheet: str | None, page: str) -> str:
-    """Write the page; where it is now.
+def _pictures(manifest: Manifest) -> Pictures:
+    """Return what reads the images that the vectors of a manifest's layer were made from."""
+    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
+    return Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
 
-    :param sheet: where to; None for a name in the output that is not taken.
-    :raises InputError: it cannot be written there.
+
+def write_sheet(output: Folder, sheet: str | None, page: str) -> str:
+    """Write the page and return its path or URL.
+
+    Args:
+        output: The output's folder.
+        sheet: Where to write; None for an unused name in the output.
+        page: The page, as HTML.
+
+    Raises:
+        InputError: It cannot be written there.
     """
     if sheet is not None:
         folder, name = parted(sheet)
@@ -131,9 +143,10 @@ def write_sheet(output: Folder, sheet: str | None, page: str) -> str:
 
 
 def read_photograph(image: str) -> bytes:
-    """The bytes of a file on a disk or in a store.
+    """Return the bytes of a file on a disk or in a store.
 
-    :raises InputError: there is no such file.
+    Raises:
+        InputError: There is no such file.
     """
     folder, name = parted(image)
     try:
@@ -143,9 +156,19 @@ def read_photograph(image: str) -> bytes:
 
 
 def embed_query(image: str, manifest: Manifest, checkpoint: str | None, custom: str | None) -> np.ndarray:
-    """The vector of a photograph by the embedder of a dataset; a hub is asked only for what is not on this machine.
+    """Return the vector of a photograph by a dataset's embedder; download weights only if this machine lacks them.
 
-    :raises InputError: the embedder cannot be had, or this is no image.
+    Args:
+        image: Path or URL of the photograph.
+        manifest: The manifest of the dataset's output.
+        checkpoint: The weights file, instead of the one that the manifest names.
+        custom: The embedder as module:Class.
+
+    Returns:
+        (dimensions,) float32.
+
+    Raises:
+        InputError: The embedder is not available, or the file is no image.
     """
     try:
         with cached_hub():
@@ -157,11 +180,15 @@ def embed_query(image: str, manifest: Manifest, checkpoint: str | None, custom: 
 
 
 def rebuild(manifest: Manifest, checkpoint: str | None, custom: str | None) -> ImageEmbedder:
-    """The embedder that a dataset was made with, from what its manifest says.
+    """Rebuild the embedder that a dataset was made with from its manifest.
 
-    :param checkpoint: the weights file, instead of the one that the manifest names.
-    :param custom: the embedder, as module:Class.
-    :raises InputError: it cannot be had from there, or is not the same any more.
+    Args:
+        manifest: The manifest of the dataset's output.
+        checkpoint: The weights file, instead of the one that the manifest names.
+        custom: The embedder as module:Class.
+
+    Raises:
+        InputError: The embedder is not available, or no longer the same.
     """
     made_by = manifest.embedder
     if custom is not None:
@@ -186,23 +213,24 @@ def rebuild(manifest: Manifest, checkpoint: str | None, custom: str | None) -> I
     now = made.fingerprint()
     if digest(now) != digest(dict(made_by)):
         different = sorted(name for name in {*now, *made_by} if now.get(name) != made_by.get(name))
-        way = "its vectors cannot be compared"
+        way = "its vectors are not comparable"
         if "weights" in different:
-            other = f"{checkpoint} is another file by now" if checkpoint else "its weights have changed"
+            other = f"{checkpoint} is another file now" if checkpoint else "its weights have changed"
             way = f"{other}; give the --checkpoint it was made with"
         raise InputError(f"the embedder is not the dataset's ({', '.join(different)}); {way}")
     return made
 
 
 def _recorded_checkpoint(manifest: Manifest) -> str | None:
-    """The weights file that the manifest names; None where the weights are the model's own.
+    """Return the weights file that the manifest names; None if the weights are the model's own.
 
-    :raises InputError: the dataset was embedded with one that is not there, or that the manifest does not name.
+    Raises:
+        InputError: The dataset was embedded with a file that is gone, or that the manifest does not name.
     """
     path, weights = manifest.checkpoint, str(manifest.embedder["weights"])
     if path:
         if not Path(path).is_file():
-            raise InputError(f"the dataset was embedded with {path}, which is not there any more; give --checkpoint")
+            raise InputError(f"the dataset was embedded with {path}, which no longer exists; give --checkpoint")
         return path
     if weights.startswith("sha256:") and is_of_hub(manifest.embedder["model"]):
         raise InputError(f"the dataset was embedded with a weights file ({weights[:19]}…); give it with --checkpoint")
@@ -210,9 +238,17 @@ def _recorded_checkpoint(manifest: Manifest) -> str | None:
 
 
 def embed_image(image: str | Path, embedder: ImageEmbedder) -> np.ndarray:
-    """The vector of a photograph, (dimensions,) float32: as the only sample of a shard, it goes the dataset's way.
+    """Embed a photograph as a dataset's images are embedded: as the only sample of a shard.
 
-    :raises InputError: no such file, or no image.
+    Args:
+        image: Path or URL of the photograph.
+        embedder: The dataset's embedder.
+
+    Returns:
+        (dimensions,) float32.
+
+    Raises:
+        InputError: There is no such file, or it is no image.
     """
     data = read_photograph(str(image))
     chosen = chosen_extensions(embedder.image_component)
@@ -224,23 +260,28 @@ def embed_image(image: str | Path, embedder: ImageEmbedder) -> np.ndarray:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
         shard = open_shard(path, image_component=embedder.image_component)
-        (embedded,) = Engine(embedder, resolve_device("auto")).embed([shard])
-    if not embedded.ids:
-        bad = embedded.quarantined[0]
-        raise InputError(f"{image}: cannot be embedded: {bad.reason} ({bad.detail})")
-    return np.array(embedded.vectors[0])
+        session = embedder.open(resolve_device("auto"))
+        results = list(Engine([session]).embed([shard]))
+    for found in results:
+        if isinstance(found, Rows):
+            return np.array(found.columns[embedder.image_embedding_column][0])
+        if found.quarantined[0]:
+            bad = found.quarantined[0][0]
+            raise InputError(f"{image}: cannot be embedded: {bad.reason} ({bad.detail})")
+    raise InputError(f"{image}: the embedder gave no vector for it")
 
 
 def _columns(rows: Mapping[tuple[str, str], Mapping[str, Any]], asked: Sequence[str]) -> Sequence[str]:
-    """The columns to show.
+    """Return the columns to show: those asked for, or the first few.
 
-    :raises InputError: one that was asked for is not there.
+    Raises:
+        InputError: A column that was asked for does not exist.
     """
     known = list(dict.fromkeys(name for row in rows.values() for name in row))
     unknown = [name for name in asked if name not in known]
     if unknown:
-        there = f"there are {', '.join(known)}" if known else "the images found have none"
-        raise InputError(f"--column: no column {', '.join(unknown)}; {there}")
+        existing = f"there are {', '.join(known)}" if known else "the images found have none"
+        raise InputError(f"--column: no column {', '.join(unknown)}; {existing}")
     return asked or known[:COLUMNS]
 
 
@@ -250,14 +291,20 @@ def _lines(
     rows: Mapping[tuple[str, str], Mapping[str, Any]],
     columns: Sequence[str],
 ) -> list[dict[str, str]]:
-    """What is said of each image that was found, by heading."""
+    """Return the cells of the table for each image found, by heading."""
     lines = []
     for one in found:
         line = {"cosine": f"{one.score:.4f}", "id": one.id, "path": f"{one.shard}.tar/{members.get(one.place, '')}"}
         values = {name: rows.get(one.place, {}).get(name) for name in columns}
-        said = {name: "" if value is None else " ".join(str(value).split()) for name, value in values.items()}
-        lines.append(line | {f"{name} (metadata)" if name in line else name: value for name, value in said.items()})
+        for name, value in values.items():
+            heading = f"{name} (metadata)" if name in line else name
+            line[heading] = "" if value is None else " ".join(str(value).split())
+        lines.append(line)
     return lines
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= VALUE_LENGTH else f"{value[:VALUE_LENGTH]}…"
 
 
 def show(lines: Sequence[Mapping[str, str]]) -> None:
@@ -266,14 +313,18 @@ def show(lines: Sequence[Mapping[str, str]]) -> None:
     for name in lines[0]:
         table.add_column(Text(name), no_wrap=name in {"cosine", "id"}, overflow="fold")
     for line in lines:
-        table.add_row(*(Text(value if len(value) <= LONGEST else f"{value[:LONGEST]}…") for value in line.values()))
+        table.add_row(*(Text(_shortened(value)) for value in line.values()))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def contact_sheet(query: str, shown: str | None, lines: Sequence[Mapping[str, str]], urls: Sequence[str | None]) -> str:
-    """The same as a page with pictures that needs no network.
+    """Return the table as an HTML page with pictures that needs no network.
 
-    :param shown: the picture of the query; `urls` those of the lines.
+    Args:
+        query: What was searched for: a path, a URL or an id.
+        shown: Its picture as a data URL, if there is one.
+        lines: The cells of each image found, by heading.
+        urls: Their pictures as data URLs; None for one that cannot be shown.
     """
 
     def figure(url: str | None, *texts: str) -> str:
@@ -290,7 +341,7 @@ def contact_sheet(query: str, shown: str | None, lines: Sequence[Mapping[str, st
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line; its exit status: 2 where the call or its input is wrong."""
+    """Run the command line and return its exit status: 2 if the call or its input is wrong."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError, MalformedShard, OSError) as error:

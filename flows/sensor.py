@@ -20,16 +20,16 @@ def start_for_new_shards(
     deployment: str = "embed/on-demand",
     parameters: dict[str, Any] | None = None,
 ) -> int:
-    """Start a deployment if the dataset has shards that the output has no embeddings of.
+    """Start a deployment if the dataset has shards that are not embedded yet.
 
-    Two listings are all it reads. A set of new shards starts one run, however often it is seen; one that is still being
-    written changes, and is seen again.
+    This only lists two folders. A set of new shards starts one run, however often it is seen. A shard that is still
+    being written changes the set, so it is seen again.
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards.
         output: Folder or fsspec URL of the output.
         deployment: FLOW/DEPLOYMENT to start.
-        parameters: What it is given beside dataset and output, such as {"model": {"model_name": "resnet50"}}.
+        parameters: Its parameters besides dataset and output, such as {"model": {"model_name": "resnet50"}}.
 
     Returns:
         How many shards are new.
@@ -39,7 +39,8 @@ def start_for_new_shards(
     if not new:
         logger.info("no new shards in %s", dataset)
         return 0
-    seen = hashlib.sha256("\n".join(f"{tar.name} {tar.fingerprint}" for tar in new).encode()).hexdigest()
+    versions = "\n".join(f"{tar.name} {tar.fingerprint}" for tar in new)
+    seen = hashlib.sha256(versions.encode()).hexdigest()
     emit_event(
         EVENT,
         resource={"prefect.resource.id": f"shard-embed.dataset.{dataset}", "prefect.resource.name": dataset},
@@ -56,10 +57,19 @@ def start_for_new_shards(
 
 
 def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
-    """The tars of a dataset that an output has no embeddings file of.
+    """Return the tars of a dataset that some layer of an output has no file of.
 
-    :raises InputError: the dataset cannot be listed.
+    Args:
+        dataset: Folder or fsspec URL with the .tar shards.
+        output: Folder or fsspec URL of the output.
+
+    Raises:
+        InputError: The dataset cannot be listed.
     """
-    embeddings = Folder(f"{output.rstrip('/')}/embeddings")
-    done = {file.name.removesuffix(".parquet") for file in embeddings.list(".parquet")}
-    return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in done]
+    layers = Folder(Folder(output).place("layers"))
+    done: dict[str, set[str]] = {}
+    for file in layers.list(".parquet"):
+        layer, _, name = file.name.partition("/")
+        done.setdefault(layer, set()).add(name.removesuffix(".parquet"))
+    everywhere = set.intersection(*done.values()) if done else set()
+    return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in everywhere]

@@ -1,4 +1,4 @@
-"""The Prefect API of a run: the configured server, or a local one for as long as the run takes."""
+"""The Prefect server that a run reports to: the configured one, or a local one that lives as long as the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from embedders.errors import InputError
-from tasks.cluster import LOOPBACK
+from tasks.own_cluster import LOOPBACK
 from tasks.storage.remote import has_secret, redacted
 
 LOCAL_SERVER = {
@@ -32,17 +32,17 @@ RESTARTS = 5
 
 
 def has_server() -> bool:
-    """Whether a Prefect server is configured."""
+    """Return whether a Prefect server is configured."""
     from prefect.settings import PREFECT_API_URL
 
     return bool(PREFECT_API_URL.value())
 
 
 def check_server() -> None:
-    """Prove that the configured Prefect server answers, takes our password and is of a version that fits.
+    """Prove that the configured Prefect server answers, accepts our password and has a version that fits.
 
     Raises:
-        InputError: It does not; says which server, why, and what to do.
+        InputError: It does not; the message says which server, why, and what to do.
     """
     import httpx
     from prefect.client.orchestration import get_client
@@ -64,19 +64,26 @@ def check_server() -> None:
 
 
 class LocalServer:
-    """A Prefect server on loopback, started again if it dies: its database is a file, so the run goes on.
+    """A Prefect server on loopback that is restarted if it dies; its database is a file, so the run goes on.
 
-    Like `prefect.server.api.server.SubprocessASGIServer`, which neither notices a death nor ends with its parent.
-    Only who knows its password can use it; the run's processes have it in their environment, which no other user sees.
-    Its port is opened here and stays ours, so that nobody else can take it, and get the password, while it is down.
+    `prefect.server.api.server.SubprocessASGIServer` is alike, but neither notices a death nor ends with its parent.
+    The server asks for a password, which the run's processes have in their environment, where no other user can read
+    it. This process holds the port, so that nobody else can take it, and receive the password, while the server is
+    down.
+
+    Example:
+        >>> server = LocalServer()
+        >>> server.wait()
+        >>> subprocess.run(command, env=os.environ | server.environment)
+        >>> server.stop()
     """
 
     def __init__(self) -> None:
-        """Start it. It answers after some seconds; see `wait`."""
+        """Begin to start it, which takes some seconds; `wait` returns when it answers."""
         self.auth_string = f"run:{secrets.token_urlsafe()}"
         self._socket = socket.create_server((LOOPBACK, 0))
         self.port = int(self._socket.getsockname()[1])
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
         self.process = self._start()
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -84,7 +91,8 @@ class LocalServer:
     def wait(self) -> None:
         """Wait until it answers, and keep it running from then on.
 
-        :raises InputError: it does not start; says why.
+        Raises:
+            InputError: It does not start; the message says why.
         """
         if self._keeper is None:
             self._wait_until_it_answers()
@@ -93,16 +101,16 @@ class LocalServer:
 
     @property
     def api_url(self) -> str:
-        """Where the API answers."""
+        """Return the URL of its API."""
         return f"http://{LOOPBACK}:{self.port}/api"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What processes need in their environment to use it."""
+        """Return the variables that processes need in their environment to use it."""
         return {"PREFECT_API_URL": self.api_url, "PREFECT_API_AUTH_STRING": self.auth_string}
 
     def stop(self) -> None:
-        """End it."""
+        """Stop it, by force if it takes too long."""
         self._stopping.set()
         if self._keeper is not None:
             self._keeper.join()
@@ -113,7 +121,7 @@ class LocalServer:
             self.process.kill()
             self.process.wait()
         self._socket.close()
-        self._said.close()
+        self._errors.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         from prefect.settings import get_current_settings
@@ -121,16 +129,16 @@ class LocalServer:
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
         own = {
             "PREFECT_SERVER_API_AUTH_STRING": self.auth_string,
-            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # for `_did_not_start`; no person sees it
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # `_did_not_start` reads it; no person does
         }
-        # -P: the folder of this file is no place to import from. A session of its own: Ctrl-C is for the run, which
-        # needs the server to say so.
+        # -P keeps this file's folder off the import path. The session of its own keeps Ctrl-C away from the server:
+        # the run, which is being stopped, needs it to record that.
         script = Path(__file__).with_name("local_server.py")
         return subprocess.Popen(
             [sys.executable, "-P", str(script), str(self._socket.fileno()), str(os.getpid())],
             env=os.environ | EPHEMERAL | settings | own,
             pass_fds=[self._socket.fileno()],
-            stderr=self._said,
+            stderr=self._errors,
             start_new_session=True,
         )
 
@@ -153,13 +161,13 @@ class LocalServer:
             raise
 
     def _did_not_start(self, what: str) -> str:
-        """Return one line for a person: what happened, the server's own error, and what to do."""
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        """Return one line that says what happened, with the server's own error, and what to do."""
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if ERROR_LINE.match(line)]
-        said = (errors or lines or ["it said nothing"])[-1]
+        last = (errors or lines or ["it wrote no error"])[-1]
         return (
-            f"the local Prefect server did not start: {what} ({said}); set PREFECT_HOME to a folder that you can write "
+            f"the local Prefect server did not start: {what} ({last}); set PREFECT_HOME to a folder that you can write "
             "to, or PREFECT_API_URL to a server that runs"
         )
 
@@ -171,12 +179,19 @@ class LocalServer:
             if self._stopping.is_set() or not restarts_left:
                 break
             self.process = self._start()
-        self._socket.close()  # whoever still calls is refused at once
+        self._socket.close()  # calls are refused at once from now on
 
 
 @contextlib.contextmanager
 def started_early(wanted: bool) -> Iterator[LocalServer | None]:
-    """A local server that starts while its run is planned, if one is wanted and none is configured."""
+    """Start a local server while its run is planned, if none is configured; stop it at the end of the block.
+
+    Args:
+        wanted: Whether the run will need a server.
+
+    Yields:
+        The server, which may not answer yet; None if there is none.
+    """
     if not wanted or has_server():
         yield None
         return
@@ -190,13 +205,16 @@ def started_early(wanted: bool) -> Iterator[LocalServer | None]:
 
 @contextlib.contextmanager
 def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Iterator[LocalServer | None]:
-    """Run with the configured server, or with one local server that this process and its workers share.
+    """Use the configured server within the block, or one local server for this process and its workers.
 
     Without this every Dask worker would start a server of its own.
 
-    :param started: a local server that was started before; whoever did it stops it.
-    :param wait: whether to wait until it answers.
-    :return: the local server, if there is one.
+    Args:
+        started: A local server that was started before, and that the caller stops.
+        wait: Whether to wait until it answers.
+
+    Yields:
+        The local server; None if one is configured.
     """
     if has_server():
         yield None
@@ -214,7 +232,7 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
                 try:
                     yield server
                 finally:
-                    APILogHandler().flush()  # what is still queued when the server stops is retried for a minute
+                    APILogHandler().flush()  # Prefect would retry for a minute whatever is queued when the server stops
         finally:
             if started is None:
                 server.stop()
@@ -222,7 +240,7 @@ def prefect_server(started: LocalServer | None = None, wait: bool = True) -> Ite
 
 @contextlib.contextmanager
 def shared(server: LocalServer) -> Iterator[None]:
-    """Tell the processes that are started within the block of the server."""
+    """Let the processes that are started within the block use a server."""
     with _environment(LOCAL_SERVER, server.environment):
         yield
 
@@ -232,8 +250,8 @@ def _environment(defaults: Mapping[str, str], needed: Mapping[str, str] | None =
     """Set environment variables for the processes started within the block.
 
     Args:
-        defaults: What the user has set goes before these.
-        needed: These go before what the user has set.
+        defaults: Variables that the user may have set otherwise.
+        needed: Variables that replace the user's.
     """
     added = {name: value for name, value in defaults.items() if name not in os.environ} | dict(needed or {})
     before = {name: os.environ.get(name) for name in added}

@@ -1,51 +1,44 @@
-"""The second stage: a group of shards in, one embeddings file a shard out. The file is the record that it is done."""
+"""The second stage: a group of shards in, one file per shard and layer out. The file is the record that it is done."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import os
 import platform
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard
+from embedders.engine import EndOfShard, Rows
 from embedders.errors import MalformedShard
-from embedders.quarantine import QuarantinedSample
+from embedders.recipe import Recipe
+from embedders.session import Session
 from embedders.tar import map_tar
 from embedders.webdataset import OpenShard
-from tasks.counted import counted
-from tasks.dataset.vectors import vector_array, write_vectors
 from tasks.index import describe_local
-from tasks.keys import embedding_key
-from tasks.records import EmbeddingRecord, account_agrees, intact, read_embedding_record, seconds_in_work, with_record
+from tasks.keys import layer_key
+from tasks.layers import LayerWriter, versions
+from tasks.records import Column, LayerRecord, account_agrees, intact, read_layer_record, seconds_in_work
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.shards import Shard, check_unchanged
 from tasks.storage.download_ahead import SPACE, Stage, StagedTar
-from tasks.vector_checks import measure_vectors
+from tasks.wording import counted
 from tasks.worker.hang_detection import Held, Limit, Step, end_this_worker, watch
-from tasks.worker.shared_engine import shared_engine
+from tasks.worker.shared_engine import embedders_of, shared_engine
 from tasks.worker.side_process import aside
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What an embedding task needs beside shards and embedder.
+    """What an embedding task needs beside shards and recipes.
 
-    `fingerprint` is the digest of the embedder's fingerprint as the planner took it: a worker cannot take it again,
-    since the source of a class that came by value is not there. `device` is "cuda", "cpu" or "auto". `images` is about
+    `device` is "cuda", "cpu" or "auto". `images` is about
     how many each worker will see in the whole run, 0 where that is not known. `staging_space` bytes on the worker's
     disk hold tars of a store. `verify` has what is done already read and checked against its checksums.
     `shard_timeout` is in seconds without progress, None for what follows from a shard's size. `strict_ids` fails a
@@ -53,7 +46,6 @@ class EmbedOptions:
     """
 
     id_col: str
-    fingerprint: str
     device: str = "auto"
     raise_on_bad_image: bool = False
     images: int = 0
@@ -72,20 +64,25 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def embed_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions) -> list[EmbeddingRecord]:
+def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> list[LayerRecord]:
     """Embed every shard of a group that is not done yet and write its files.
 
-    :raises ShardsFailed: some shards failed; all others are written.
+    Returns:
+        For each shard, the record of the first layer.
+
+    Raises:
+        ShardsFailed: Some shards failed; all others are written.
     """
-    return _run_group(shards, embedder, options).records
+    return _run_group(shards, recipes, options).records
 
 
-def _run_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions) -> _GroupRun:
+def _run_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> _GroupRun:
     """Run a group in a thread, and watch it from this one.
 
-    :raises ShardsFailed: some shards failed, or hang.
+    Raises:
+        ShardsFailed: Some shards failed, or hang.
     """
-    run = _GroupRun(embedder, options)
+    run = _GroupRun(recipes, options)
     thread = threading.Thread(target=run.go, args=(shards,), name="group", daemon=True)
     thread.start()
     while thread.is_alive():
@@ -100,69 +97,74 @@ def _run_group(shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedO
 
 
 class _GroupRun:
-    """One pass over a group: shards go through the worker's engine, and are written by another thread."""
+    """One pass over a group: shards go through the worker's engine, and this thread writes what comes of them."""
 
-    def __init__(self, embedder: ImageEmbedder, options: EmbedOptions) -> None:
-        self.embedder = embedder
+    def __init__(self, recipes: Sequence[Recipe], options: EmbedOptions) -> None:
+        self.recipes = recipes
         self.options = options
         self.limit = Limit(resolve_device(options.device), options.shard_timeout)
         self.found = 0  # shards that were done before
-        self.records: list[EmbeddingRecord] = []
-        self.fresh: list[EmbeddingRecord] = []
+        self.records: list[LayerRecord] = []
+        self.fresh: list[LayerRecord] = []
         self.done: set[str] = set()
-        self.decoding: ImageEmbedder = embedder
         self.failures: dict[str, ShardFailure] = {}
-        self._open: dict[str, tuple[Shard, contextlib.ExitStack]] = {}
+        self._sources = [*embedders_of(recipes)]
+        self._sessions: Sequence[Session] = ()
+        self._lacking: dict[str, list[Recipe]] = {}
+        self._open: dict[str, _Writing] = {}
         self._held: dict[str, Held] = {}
-        self._read: dict[str, float] = {}
         self._wrote = 0.0
 
     def go(self, shards: Sequence[Shard]) -> None:
         """Run; whatever goes wrong fails these shards and no others."""
         try:
-            stage = Stage(self._missing(shards), self.options.staging_space)
-            with stage, ThreadPoolExecutor(1, "write") as writer:
-                self._embed(stage, writer)
+            with Stage(self._missing(shards), self.options.staging_space) as stage:
+                self._embed(stage)
         except BaseException as error:  # nobody else would hear of it: this is a thread's last frame
+            self._sessions = ()  # the error keeps this frame, and so this object
             self._fail_the_rest(shards, error)
 
-    def _embed(self, stage: Stage, writer: ThreadPoolExecutor) -> None:
-        options, device = self.options, self.limit.device
-        writes: deque[Future[None]] = deque()
+    def _embed(self, stage: Stage) -> None:
         with (
-            shared_engine(self.embedder, options.fingerprint, device, options.images) as engine,
+            shared_engine(self.recipes, self.limit.device, self.options.images) as engine,
             contextlib.closing(self._opened(stage)) as opened,
         ):
-            self.decoding = engine.embedder
-            for embedded in engine.embed(opened):
-                writes.append(writer.submit(self._write, embedded))
-                if len(writes) > 2:  # do not run ahead of the disk
-                    writes.popleft().result()
+            self._sessions = engine.sessions
+            for result in engine.embed(opened):
+                if isinstance(result, Rows):
+                    self._add(result)
+                else:
+                    self._finish(result)
 
     def _missing(self, shards: Sequence[Shard]) -> Iterator[Shard]:
         for shard in shards:
-            done = self._done_before(shard)
-            if done is None:
+            done = {recipe.layer: self._done_before(shard, recipe) for recipe in self.recipes}
+            self._lacking[shard.name] = [recipe for recipe in self.recipes if done[recipe.layer] is None]
+            if self._lacking[shard.name]:
                 yield shard
             else:
                 self.found += 1
-                self._note(shard, done)
+                self._note(shard, done[self.recipes[0].layer])
 
     def _opened(self, stage: Stage) -> Generator[OpenShard]:
         for tar in stage:
             shard, stack = tar.shard, contextlib.ExitStack()
             stack.callback(tar.release)
             try:
-                opened = self._open_tar(tar, stack)
+                opened, seconds = self._open_tar(tar, stack)
+                writers = {
+                    recipe.layer: stack.enter_context(LayerWriter(shard, recipe.layer))
+                    for recipe in self._lacking[shard.name]
+                }
             except Exception as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
                 stack.close()
                 continue
-            self._open[opened.path] = shard, stack
+            self._open[opened.path] = _Writing(shard, writers, stack, seconds)
             yield opened
 
-    def _open_tar(self, tar: StagedTar, stack: contextlib.ExitStack) -> OpenShard:
-        """Map a tar, which `stack` undoes, with its samples."""
+    def _open_tar(self, tar: StagedTar, stack: contextlib.ExitStack) -> tuple[OpenShard, float]:
+        """Map a tar, which `stack` undoes, with its samples; and the seconds that it took."""
         shard, began = tar.shard, time.monotonic()
         held = self._held[shard.name] = watch.take(self.limit.bytes(shard.tar_bytes))
         stack.callback(watch.leave, held)
@@ -171,48 +173,84 @@ class _GroupRun:
         stack.callback(_unmap, opened)
         check_unchanged(shard)
         opened.read_ahead()
-        self._read[shard.name] = time.monotonic() - began
-        watch.move(held, Step.EMBED, self.limit.samples(len(opened.ids)))
-        return opened
+        watch.move(held, Step.EMBED, self.limit.samples(opened.count))
+        return opened, time.monotonic() - began
 
     def _describe(self, shard: Shard, path: str) -> OpenShard:
-        """The shard, mapped; a GPU's thread must not wait for the Python that reads headers and ids."""
-        component, id_col = self.embedder.image_component, self.options.id_col
-        args = shard, path, id_col, self.embedder.use_index_files, component, self.options.strict_ids
+        """Map the shard; a GPU's thread must not wait for the Python that reads headers and ids."""
+        embedder, id_col = self.recipes[0].embedder, self.options.id_col
+        component = embedder.image_component
+        args = shard, path, id_col, embedder.use_index_files, component, self.options.strict_ids
         samples = aside(describe_local, *args) if self.limit.device == "cuda" else describe_local(*args)
         return OpenShard(path, map_tar(path), samples, id_col, component, shard.key_dot)
 
-    def _done_before(self, shard: Shard) -> EmbeddingRecord | None:
-        """The record of a shard that an earlier try of this task got done, by the planner's own measure."""
-        record = read_embedding_record(shard.target, shard.embeddings_file)
-        if record is None or record.key != embedding_key(shard, self.options.fingerprint, self.options.id_col):
+    def _done_before(self, shard: Shard, recipe: Recipe) -> LayerRecord | None:
+        """Return the record of a layer that an earlier try of this task finished, by the planner's own measure."""
+        name = shard.layer_file(recipe.layer)
+        record = read_layer_record(shard.target, name)
+        if record is None or record.key != layer_key(shard, recipe.layer, recipe.digest, self.options.id_col):
             return None
-        if not self.embedder.accepts(record.decoder) or not account_agrees(shard, record):
+        if not recipe.accepts(record.decoder) or not account_agrees(shard, record):
             return None
-        return record if not self.options.verify or intact(shard.target, shard.embeddings_file) else None
+        return record if not self.options.verify or intact(shard.target, name) else None
 
-    def _write(self, embedded: EmbeddedShard) -> None:
-        shard, stack = self._open.pop(embedded.shard.path)
-        watch.move(self._held[shard.name], Step.WRITE, self.limit.bytes(embedded.vectors.nbytes))
+    def _add(self, rows: Rows) -> None:
+        """Add rows to the files of their shard's layers; what goes wrong here fails this shard alone."""
+        writing = self._open.get(rows.shard.path)
+        if writing is None or writing.shard.name in self.failures:
+            return
         try:
-            with stack:
-                if self.options.raise_on_bad_image and embedded.quarantined:
-                    first = embedded.quarantined[0]
-                    raise MalformedShard(
-                        f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
-                    )
-                check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
-                stages = {"read": self._read.pop(shard.name), **embedded.waited, "write": self._wrote}
-                began = time.monotonic()
-                computed = computed_in(self.decoding, self.limit.device)
-                record = write_embeddings(shard, embedded, self.decoding, self.options.fingerprint, stages, computed)
-                self._wrote = time.monotonic() - began  # the next shard's record tells it: a file cannot tell its own
-                self.fresh.append(record)
-                self._note(shard, record)
+            ids = rows.shard.ids_at(rows.samples)
+            for recipe in self._recipes_of(rows.session):
+                writer = writing.writers.get(recipe.layer)
+                if writer is not None:
+                    writer.add(rows.samples, ids, {name: rows.columns[name] for name in recipe.columns})
         except BaseException as error:
-            self.failures[shard.name] = ShardFailure.of(shard.name, error)
+            self.failures[writing.shard.name] = ShardFailure.of(writing.shard.name, error)
 
-    def _note(self, shard: Shard, record: EmbeddingRecord) -> None:
+    def _finish(self, end: EndOfShard) -> None:
+        """Write the records of a shard's layers, which makes them done."""
+        writing = self._open.pop(end.shard.path)
+        shard, began = writing.shard, time.monotonic()
+        with writing.stack:
+            if shard.name in self.failures:
+                return
+            watch.move(self._held[shard.name], Step.WRITE, self.limit.bytes(shard.tar_bytes))
+            try:
+                self._refuse_quarantined(shard, end)
+                check_unchanged(shard)  # what was mapped or downloaded may not be what the name stands for by now
+                records = [
+                    self._finish_layer(recipe, number, writing, end)
+                    for number in range(len(self._sources))
+                    for recipe in self._recipes_of(number)
+                    if recipe.layer in writing.writers
+                ]
+                self._wrote = time.monotonic() - began  # for the next shard's record: a file cannot hold its own
+                self.fresh.append(records[0])
+                self._note(shard, records[0])
+            except BaseException as error:
+                self.failures[shard.name] = ShardFailure.of(shard.name, error)
+
+    def _finish_layer(self, recipe: Recipe, number: int, writing: _Writing, end: EndOfShard) -> LayerRecord:
+        session, writer = self._sessions[number], writing.writers[recipe.layer]
+        stages = {"read": writing.seconds, **end.waited, "write": self._wrote}
+        key = layer_key(writing.shard, recipe.layer, recipe.digest, self.options.id_col)
+        return finish_layer(writer, recipe, key, end, number, session, stages)
+
+    def _recipes_of(self, session: int) -> Iterator[Recipe]:
+        """Yield the recipes that a session computes."""
+        return (recipe for recipe in self.recipes if recipe.source == self._sources[session])
+
+    def _refuse_quarantined(self, shard: Shard, end: EndOfShard) -> None:
+        quarantined = [sample for samples in end.quarantined for sample in samples]
+        if self.options.raise_on_bad_image and quarantined:
+            first = quarantined[0]
+            raise MalformedShard(
+                f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
+            )
+
+    def _note(self, shard: Shard, record: LayerRecord | None) -> None:
+        assert record is not None
         self.records.append(record)
         self.done.add(shard.name)
 
@@ -220,12 +258,12 @@ class _GroupRun:
         for shard in shards:
             if shard.name not in self.failures and shard.name not in self.done:
                 self.failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
-        for _, stack in self._open.values():
+        for writing in self._open.values():
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                stack.close()
+                writing.stack.close()
 
     def hung(self, shards: Sequence[Shard], waited: float) -> list[ShardFailure]:
-        """The failures of a group that does not get on, with what can be tried apart from the others."""
+        """Return the failures of a group that makes no progress, with what can be tried apart from the others."""
         found, now = dict(self.failures), time.monotonic()
         for shard in shards:
             if shard.name in self.done or shard.name in found:
@@ -240,99 +278,84 @@ class _GroupRun:
         return list(found.values())
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A shard in the engine: its layers' files, what else must be undone in the end, the seconds it took to open."""
+
+    shard: Shard
+    writers: dict[str, LayerWriter]
+    stack: contextlib.ExitStack
+    seconds: float
+
+
 def _unmap(opened: OpenShard) -> None:
     """Close a mapped tar now, whoever still refers to it; one that a loader still reads goes when it has."""
     with contextlib.suppress(BufferError):
         opened.data.close()
 
 
-def write_embeddings(
-    shard: Shard,
-    embedded: EmbeddedShard,
-    embedder: ImageEmbedder,
-    fingerprint: str,
+def finish_layer(
+    writer: LayerWriter,
+    recipe: Recipe,
+    key: str,
+    end: EndOfShard,
+    number: int,
+    session: Session,
     stages: Mapping[str, float] | None = None,
-    computed: str = "",
-) -> EmbeddingRecord:
-    """Write a shard's quarantine and then, as the record that it is done, its embeddings.
+) -> LayerRecord:
+    """Finish a layer's file with its record, and its quarantine.
 
-    :param stages: the seconds that stages took, for the record.
-    :param computed: the precision and the device of the model, for the record.
-    :raises MalformedShard: the account does not balance; nothing is written then.
+    Args:
+        writer: It has got all rows.
+        recipe: The layer's.
+        key: The layer's; see `tasks.keys.layer_key`.
+        end: The end of the shard.
+        number: The session's, among those of the engine.
+        session: What computed the rows.
+        stages: The seconds that stages took, for the record.
+
+    Raises:
+        Unbalanced: Samples are neither embedded nor quarantined, or both; nothing is written then.
     """
-    record = EmbeddingRecord(
-        key=embedding_key(shard, fingerprint, embedded.shard.id_col),
-        embedder=fingerprint,
-        samples=embedded.samples,
-        embedded=len(embedded.ids),
-        quarantined=dict(Counter(sample.reason for sample in embedded.quarantined)),
-        dimensions=embedded.vectors.shape[1],
-        decoder=embedder.decoder,
+    writer.flush()
+    quarantined, samples, now = end.quarantined[number], end.shard.samples, time.time()
+    record = LayerRecord(
+        key=key,
+        layer=recipe.layer,
+        recipe=recipe.digest,
+        samples=end.shard.count,
+        embedded=writer.rows,
+        quarantined=dict(Counter(sample.reason for sample in quarantined)),
+        rows=writer.rows,
+        columns=writer.columns or {recipe.layer: Column("float32", (0,))},
+        made_of=dict(recipe.fingerprint),
+        in_order=writer.in_order,
+        decoder=session.decoder,
         versions=versions(),
-        vectors=measure_vectors(embedded.vectors),
-        work={"began": round(time.time() - embedded.seconds, 2), "ended": round(time.time(), 2)}
+        statistics=writer.statistics,
+        work={"began": round(now - end.seconds, 2), "ended": round(now, 2)}
         | {stage: round(seconds, 3) for stage, seconds in (stages or {}).items()},
         worker=f"{platform.node()}:{os.getpid()}",
-        ignored=embedded.shard.samples.ignored.total,
-        ignored_examples=list(embedded.shard.samples.ignored.examples),
-        doubt=embedded.shard.samples.doubt,
-        computed=computed,
+        ignored=samples.ignored.total,
+        ignored_examples=list(samples.ignored.examples),
+        doubt=samples.doubt,
+        computed=session.computed,
     )
-    if not record.balanced:
-        samples = counted(record.samples, "sample")
-        raise MalformedShard(f"{shard.tar}: {samples}, but {record.embedded} + {record.quarantined}")
-    if embedded.quarantined:
-        table = quarantine_table(embedded.quarantined)
-        shard.target.write(shard.quarantine_file, lambda path: write_quarantine(table, path))
-    else:
-        shard.target.remove(shard.quarantine_file)
-    column = embedder.image_embedding_column
-    table = pa.table({"id": pa.array(embedded.ids, pa.string()), column: vector_array(embedded.vectors)})
-    table = table.cast(with_record(table.schema, record))
-    shard.target.write(shard.embeddings_file, lambda path: write_vectors(table, path, column))
+    writer.finish(record, quarantined)
     return record
-
-
-def computed_in(embedder: ImageEmbedder, device: str) -> str:
-    """Return what a record says of a model's precision and device: "float16 on a GPU", "float32 on a CPU", "a CPU"."""
-    on = "a GPU" if device.startswith("cuda") else "a CPU"
-    precision = embedder.precision_on(device)
-    return f"{precision} on {on}" if precision else on
-
-
-def quarantine_table(samples: Sequence[QuarantinedSample]) -> pa.Table:
-    """id, member, reason, detail: what could not be embedded."""
-    names = QuarantinedSample._fields
-    return pa.table({name: pa.array([getattr(s, name) for s in samples], pa.string()) for name in names})
-
-
-def write_quarantine(table: pa.Table, path: str) -> None:
-    """Write a quarantine with checksums."""
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """The versions of what makes the vectors; not to be changed."""
-    names = ("torch", "timm", "nvidia-dali-cuda120", "pillow", "pyarrow")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 @task(
     name="shard-embedding",
     task_run_name="embed {span}",
-    cache_policy=NO_CACHE,  # the embeddings file is the cache: a record that can be gone is none
+    cache_policy=NO_CACHE,  # the layer file is the cache: a record that can be gone is none
     **RETRIES,
 )
 def embed_shards(
-    shards: Sequence[Shard], embedder: ImageEmbedder, options: EmbedOptions, span: str
-) -> list[EmbeddingRecord] | State[list[EmbeddingRecord]]:
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str
+) -> list[LayerRecord] | State[list[LayerRecord]]:
     """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
-    run = _run_group(shards, embedder, options)
+    run = _run_group(shards, recipes, options)
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
     seconds, images = seconds_in_work(run.fresh), sum(record.samples for record in run.fresh)

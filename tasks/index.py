@@ -18,12 +18,16 @@ from tasks.worker.side_process import aside
 
 
 def index_tar(shard: Shard, path: str, *, keep: bool) -> TarIndex:
-    """The index of a shard's tar: the one kept in the output if it is this tar's, else made from the tar's headers.
+    """Return the index of a shard's tar: the one kept in the output if it is this tar's, else made from its headers.
 
-    :param path: the tar on the local disk.
-    :param keep: whether indexes are kept in the output.
-    :raises MalformedShard: the tar is damaged.
-    :raises ShardReplaced: the tar is not the one the run began with; its index is not kept.
+    Args:
+        shard: The shard.
+        path: The tar on the local disk.
+        keep: Whether indexes are kept in the output.
+
+    Raises:
+        MalformedShard: The tar is damaged.
+        ShardReplaced: The tar is not the one the run began with; its index is not kept.
     """
     kept = shard.target.read_text(shard.index_file) if keep else None
     index = parse_index(kept, shard.tar_fingerprint, shard.key_dot) if kept is not None else None
@@ -44,11 +48,19 @@ def open_local(shard: Shard, path: str, id_col: str, *, keep: bool, image_compon
 def describe_local(
     shard: Shard, path: str, id_col: str, keep: bool, image_component: str | None, strict_ids: bool = True
 ) -> Samples:
-    """The samples of a shard's local tar with their images' headers; its metadata is seen to belong to it.
+    """Return the samples of a shard's local tar with their images' headers, once its metadata is seen to belong to it.
 
-    :param strict_ids: whether metadata that repeats an id is refused.
-    :raises MalformedShard: the tar is damaged.
-    :raises InputError: the metadata cannot be joined; see `check_metadata`.
+    Args:
+        shard: The shard.
+        path: The tar on the local disk.
+        id_col: The column with the ids.
+        keep: Whether indexes are kept in the output.
+        image_component: As `open_shard`.
+        strict_ids: Whether metadata that repeats an id is refused.
+
+    Raises:
+        MalformedShard: The tar is damaged.
+        InputError: The metadata cannot be joined; see `check_metadata`.
     """
     samples = describe(map_tar(path), index_tar(shard, path, keep=keep), id_col, image_component, headers=True)
     check_metadata(shard, id_col, samples.ids, unique=strict_ids)
@@ -58,11 +70,12 @@ def describe_local(
 def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     """Index a shard that lies on a local disk, keep the index, and check the metadata.
 
-    :return: how many samples there are, the members that are none, and why there may be more.
+    Returns:
+        How many samples there are, the members that are none, and why there may be more.
     """
     opened = open_local(shard, shard.source.path(shard.tar), id_col, keep=True)
-    check_metadata(shard, id_col, opened.ids, unique=False)
-    return len(opened.ids), opened.index.ignored, opened.index.doubt
+    check_metadata(shard, id_col, opened.samples.ids, unique=False)
+    return opened.count, opened.index.ignored, opened.index.doubt
 
 
 @task(

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from typing import Any
 
+from embedders.fingerprint import digest
 from tasks.shards import Shard
 
-FORMAT = 1
-"""Version of what embeddings files hold; part of every key, so a change makes them again."""
+FORMAT = 2
+"""Version of what layer files hold; part of every key, so a change makes them again."""
 
 
-def digest(value: Any) -> str:
-    """32 hexadecimal digits that identify a plain JSON value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def layer_key(shard: Shard, layer: str, recipe: str, id_col: str) -> str:
+    """Return what a layer file is a pure function of: the tar's content, and the recipe.
 
+    The shard's name is in it too: two tars of one size and time are told apart, and so are their outputs if they are
+    swapped.
 
-def embedding_key(shard: Shard, embedder: str, id_col: str) -> str:
-    """What a shard's embeddings are a pure function of: the tar's content and the embedder's digest.
-
-    The name is in it too: two tars of one size and time are told apart, and so are their outputs if they are swapped.
+    Args:
+        shard: The shard.
+        layer: The layer's name: a folder that was renamed holds no layer of the new name.
+        recipe: The digest of the recipe's fingerprint.
+        id_col: The name of the id in the samples' json.
     """
-    parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "embedder": embedder, "id": id_col}
+    parts = {"shard": shard.name, "tar": shard.tar_fingerprint, "layer": layer, "recipe": recipe, "id": id_col}
     if shard.key_dot != "first":
         parts["key_dot"] = shard.key_dot
     return digest(parts | {"format": FORMAT})
 
 
-def merge_key(shard: Shard, embedding: str, options: dict[str, Any]) -> str:
-    """What a merged file is a pure function of: the embeddings, the metadata's content, how they are joined."""
-    parts = {"embeddings": embedding, "metadata": shard.metadata_fingerprint, "options": options}
+def merge_key(shard: Shard, layers: Mapping[str, str], options: dict[str, Any]) -> str:
+    """Return what a merged file is a pure function of: the layers, the metadata's content, how they are joined.
+
+    Args:
+        shard: The shard.
+        layers: The version of each layer that is joined, by its name.
+        options: How they are joined, as plain JSON.
+    """
+    parts = {"layers": dict(layers), "metadata": shard.metadata_fingerprint, "options": options}
     return digest(parts | {"format": FORMAT})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,15 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from embedders.errors import InputError
-from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts
 from tasks.dataset.metadata import MISMATCH_WARNED
-from tasks.plan import Plan
-from tasks.records import EmbeddingRecord
+from tasks.plan import Layer, Plan, columns_of
 from tasks.relocation import as_stored, find_places
 from tasks.retries import ShardFailure
-from tasks.shards import UNMATCHED
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
 from tasks.vector_checks import check_vectors
+from tasks.wording import counted
 
 MANIFEST = "manifest.json"
 QUARANTINE_WARNED = 0.1
@@ -42,8 +41,26 @@ class Timing:
     working: float = 0.0
 
 
+class LayerAccount(BaseModel):
+    """The account of one layer, over all shards that have it: samples = embedded + quarantined."""
+
+    shards: int
+    samples: int
+    embedded: int
+    quarantined: int
+    quarantined_by_reason: dict[str, int] = {}
+    rows: int = Field(0, description="Rows of its files; more than embedded if a sample has several.")
+    columns: dict[str, Any] = Field({}, description="Type and shape of each column.")
+    made_of: dict[str, Any] = Field({}, description="What its values depend on.")
+    decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
+    computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
+
+
 class Manifest(BaseModel):
-    """What a run did and what the output holds. Counts are of samples unless they say shards."""
+    """What a run did and what the output holds. Counts are of samples unless they say shards.
+
+    Those of samples are of the first layer that the run was asked for; `layers` has all.
+    """
 
     samples: int = Field(description="Samples in the shards that are done.")
     embedded: int
@@ -63,6 +80,8 @@ class Manifest(BaseModel):
     dimensions: int
     model: str
     output: str
+    column: str = Field("", description="The column of vectors, of the first layer that the run was asked for.")
+    layers: dict[str, LayerAccount] = Field({}, description="The account of each layer of the output.")
     metadata: str = Field("", description="The folder with the merged dataset.")
     dataset: str = ""
     checkpoint: str = Field("", description="The weights file that the run was given.")
@@ -88,6 +107,37 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     wrong: list[str] = Field([], description="What is wrong with the vectors as a whole.")
 
+    def of_layer(self, name: str) -> Manifest:
+        """Return this account with another layer's in place of the main one.
+
+        Args:
+            name: The layer, which must hold vectors.
+
+        Raises:
+            InputError: There is no such layer, or it has no vectors.
+        """
+        if name == self.column:
+            return self
+        vectors = [
+            name for name, layer in self.layers.items() if len(layer.columns.get(name, {}).get("shape", ())) == 1
+        ]
+        if name not in vectors:
+            raise InputError(
+                f"{self.output}: no layer of vectors is called {name!r}; give one of: {', '.join(vectors)}"
+            )
+        layer = self.layers[name]
+        shared = ("samples", "embedded", "quarantined", "quarantined_by_reason", "decoders", "computed")
+        return self.model_copy(
+            update={field: getattr(layer, field) for field in shared}
+            | {
+                "column": name,
+                "embedder": layer.made_of,
+                "model": str(layer.made_of.get("model", layer.made_of.get("embedder", ""))),
+                "dimensions": layer.columns[name]["shape"][0],
+                "checkpoint": "",  # it was another model's
+            }
+        )
+
     @property
     def told_rows(self) -> str:
         """The rows of the dataset, and what became of those without an embedding, for a person."""
@@ -100,22 +150,26 @@ def account(
     plan: Plan,
     cached: int,
     failures: Sequence[ShardFailure],
-    embedder: Mapping[str, Any],
     spent: Timing,
     fresh: int,
     finish_with: str = "",
     max_quarantined: float | None = None,
     checkpoint: str | None = None,
 ) -> Manifest:
-    """The manifest of a plan read after the work.
+    """Return the manifest of a plan read after the work.
 
-    :param cached: shards that were done before.
-    :param fresh: samples embedded or quarantined by this run.
-    :param finish_with: the call that does what failed.
-    :param max_quarantined: the share of samples that may be in quarantine, None for any.
-    :param checkpoint: the weights file that the embedder was given.
+    Args:
+        plan: What the output holds.
+        cached: Shards that were done before.
+        failures: Of the shards that failed.
+        spent: Seconds.
+        fresh: Samples embedded or quarantined by this run.
+        finish_with: The call that does what failed.
+        max_quarantined: The share of samples that may be in quarantine, None for any.
+        checkpoint: The weights file that the embedder was given.
     """
-    records, merges = list(plan.embedded.values()), list(plan.merged.values())
+    embedder = plan.main.made_of
+    records = list(plan.embedded.values())
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     return Manifest(
         samples=sum(record.samples for record in records),
@@ -131,20 +185,17 @@ def account(
         dimensions=max((record.dimensions for record in records), default=0),
         model=str(embedder.get("model", embedder.get("embedder", ""))),
         output=plan.shards[0].output,
+        column=plan.main.name,
+        layers={layer.name: layer_account(layer) for layer in plan.layers},
         metadata=plan.shards[0].dataset if plan.options.in_place else f"{plan.shards[0].output}/metadata",
         dataset=plan.shards[0].dataset,
         checkpoint=checkpoint or "",
         id_col=plan.options.id_col,
         quarantined_by_reason=dict(sorted(reasons.items())),
-        rows=sum(record.rows for record in merges),
-        rows_without_embedding=sum(record.rows_without_embedding for record in merges),
-        rows_left_out=0 if plan.options.keep_rows else sum(record.rows_without_embedding for record in merges),
-        rows_without_image=sum(record.rows_without_image for record in merges),
-        rows_repeated=sum(record.rows_repeated for record in merges),
-        embeddings_without_row=sum(record.embeddings_without_row for record in merges),
+        **_rows(plan),
         ignored=sum(record.ignored for record in records),
         ignored_examples=_ignored_examples(plan),
-        over_limit=over_limit(records, max_quarantined),
+        over_limit="; ".join(filter(None, (over_limit(layer, max_quarantined) for layer in plan.asked))),
         warnings=warnings(plan),
         failures={failure.shard: failure.error for failure in failures},
         finish_with=finish_with if failures else "",
@@ -152,19 +203,77 @@ def account(
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
         computed=dict(Counter(record.computed for record in records if record.computed)),
         versions=records[0].versions if records else {},
-        wrong=check_vectors(plan.embedded, embedder),
+        wrong=[line for layer in plan.asked for line in _wrong(layer, plan)],
     )
 
 
+def _rows(plan: Plan) -> dict[str, Any]:
+    """Return what the manifest says of the rows of the merged dataset."""
+    merges = list(plan.merged.values())
+    without_embedding = sum(record.rows_without_embedding for record in merges)
+    return {
+        "rows": sum(record.rows for record in merges),
+        "rows_without_embedding": without_embedding,
+        "rows_left_out": 0 if plan.options.keep_rows else without_embedding,
+        "rows_without_image": sum(record.rows_without_image for record in merges),
+        "rows_repeated": sum(record.rows_repeated for record in merges),
+        "embeddings_without_row": sum(record.embeddings_without_row for record in merges),
+    }
+
+
+def layer_account(layer: Layer) -> LayerAccount:
+    """Return the account of a layer."""
+    records = list(layer.records.values())
+    reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
+    columns = {
+        name: {"dtype": column.dtype, "shape": list(column.shape)} for name, column in columns_of(records).items()
+    }
+    return LayerAccount(
+        shards=len(records),
+        samples=sum(record.samples for record in records),
+        embedded=sum(record.embedded for record in records),
+        quarantined=reasons.total(),
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        rows=sum(record.rows for record in records),
+        columns=columns,
+        made_of=dict(layer.made_of),
+        decoders=dict(Counter(record.decoder for record in records if record.decoder)),
+        computed=dict(Counter(record.computed for record in records if record.computed)),
+    )
+
+
+def _wrong(layer: Layer, plan: Plan) -> list[str]:
+    """Return what is wrong with a layer's vectors as a whole; which layer it is, if there are several."""
+    lines = check_vectors(layer.records, layer.made_of)
+    return lines if len(plan.asked) == 1 else [f"{layer.name}: {line}" for line in lines]
+
+
 def warnings(plan: Plan) -> list[str]:
-    """What a person should look at: a large quarantine, doubtful tars, shards that have gone, ids without a partner."""
-    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_mismatch(plan)]
+    """Return what a person should look at.
+
+    A large quarantine, doubtful tars, shards that have gone, layers that lack shards, ids without a partner.
+    """
+    return [*_quarantined(plan), *_doubtful(plan), *_gone(plan), *_incomplete(plan), *_mismatch(plan)]
 
 
-def over_limit(records: Sequence[EmbeddingRecord], limit: float | None) -> str:
-    """By how much the quarantine exceeds the share of samples that it may hold; empty if it does not."""
-    samples = sum(record.samples for record in records)
-    bad = samples - sum(record.embedded for record in records)
+def _incomplete(plan: Plan) -> list[str]:
+    """Return a line for each earlier layer that lacks shards: its columns are null there."""
+    found = []
+    for layer in plan.layers:
+        lacking = [name for name in plan.embedded if name not in layer.records]
+        if not layer.asked and lacking:
+            shards = f"{counted(len(lacking), 'shard')}, such as {', '.join(lacking[:EXAMPLES])}"
+            found.append(
+                f"layer {layer.name} is missing or older than its tar in {shards}; its columns are null there; "
+                "the command that made it does what is missing"
+            )
+    return found
+
+
+def over_limit(layer: Layer, limit: float | None) -> str:
+    """Return by how much a layer's quarantine exceeds the share of samples it may hold; empty if it does not."""
+    samples = sum(record.samples for record in layer.records.values())
+    bad = samples - sum(record.embedded for record in layer.records.values())
     if limit is None or bad <= limit * samples:
         return ""
     return f"{bad:,} of {samples:,} samples ({bad / samples:.1%}) are quarantined, more than {100 * limit:.4g}%"
@@ -187,7 +296,7 @@ def _quarantined(plan: Plan) -> list[str]:
     head = "NOTHING WAS EMBEDDED" if not embedded else f"{much} OF THE SAMPLES ARE QUARANTINED"
     reasons = sum((Counter(record.quarantined) for record in records), Counter[str]())
     (reason, count), *_ = reasons.most_common(1)
-    listed = "quarantine/*.parquet lists them with details"
+    listed = f"quarantine/{plan.main.name}/*.parquet lists them with details"
     return [f"{head}: {bad:,} of {samples:,}, {count:,} of them {reason}; {listed}"]
 
 
@@ -233,7 +342,7 @@ def _mismatch(plan: Plan) -> list[str]:
     if not found:
         return []
     examples = [f"{example!r} ({name})" for name, record in plan.merged.items() for example in record.examples[:1]]
-    listed = "quarantine/*.unmatched.parquet lists them"
+    listed = "unmatched/*.parquet lists them"
     return [f"{', '.join(found)}, such as {', '.join(examples[:3])}; check --id-col; {listed}"]
 
 
@@ -244,11 +353,16 @@ def write_manifest(manifest: Manifest) -> None:
     Folder(manifest.output).write_text(MANIFEST, json.dumps(stored, indent=2) + "\n")
 
 
-def read_manifest(output: str, dataset: str | None = None) -> Manifest:
-    """The account in an output, with the places where things are now.
+def read_manifest(output: str, dataset: str | None = None, layer: str | None = None) -> Manifest:
+    """Return the account in an output, with the places where things are now.
 
-    :param dataset: where the dataset is, if it is not where the manifest says.
-    :raises InputError: there is none, or it is not readable.
+    Args:
+        output: Folder or URL of the output.
+        dataset: Where the dataset is, if it is not where the manifest says.
+        layer: The layer of vectors that is meant; by default the first of the last run.
+
+    Raises:
+        InputError: There is no manifest or no such layer, or the manifest is not readable.
     """
     text = Folder(output).read_text(MANIFEST)
     if text is None:
@@ -256,23 +370,30 @@ def read_manifest(output: str, dataset: str | None = None) -> Manifest:
     try:
         stored = json.loads(text)
         places = find_places(output, stored, dataset)
-        return Manifest(**stored | vars(places) | {"output": output})
+        manifest = Manifest(**stored | vars(places) | {"output": output})
     except (ValueError, TypeError, AttributeError) as error:  # pydantic's are ValueErrors
         raise InputError(f"{output}/{MANIFEST}: not readable; run the embedding again to have it written") from error
+    return manifest if layer is None else manifest.of_layer(layer)
 
 
-def read_quarantine(output: Folder, limit: int = 20, left_out: Collection[str] = ()) -> list[dict[str, str]]:
-    """The first quarantined samples of an output: shard, id, member, reason, detail; not what only the merge left.
+def read_quarantine(
+    output: Folder, layer: str, limit: int = 20, left_out: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """Return the first quarantined samples of a layer: shard, id, member, reason, detail.
 
-    :param left_out: shards whose rows are an earlier run's; see `Manifest`.
+    Args:
+        output: The output.
+        layer: The layer's name.
+        limit: How many at most.
+        left_out: Shards whose rows are an earlier run's; see `Manifest`.
     """
     rows: list[dict[str, str]] = []
-    folder = Folder(f"{output.url.rstrip('/')}/quarantine")
+    folder = Folder(output.place(f"quarantine/{layer}"))
     for found in folder.list(".parquet"):
         shard = found.name.removesuffix(".parquet")
-        if found.name.endswith(UNMATCHED) or shard in left_out:
+        if shard in left_out:
             continue
-        with folder.open(found.name) as file:
+        with arrow_file(folder, found.name) as file:
             # Not `read_table`: threads of its scanner may let go of the Python file after the interpreter has ended,
             # and abort the process.
             rows += [{"shard": shard, **row} for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()]

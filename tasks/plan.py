@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from embedders.errors import InputError
+from embedders.recipe import Recipe
+from embedders.shared_loading import can_share
 from tasks.dataset.metadata import unified_schema, usable_schema
-from tasks.dataset.vectors import PLAIN, VectorFormat
-from tasks.keys import digest, embedding_key, merge_key
+from tasks.keys import layer_key, merge_key
+from tasks.merge_options import MergedColumn, MergeOptions
 from tasks.records import (
-    EmbeddingRecord,
+    PART,
+    Column,
     Footer,
+    LayerRecord,
     MergeRecord,
     account_agrees,
-    embedding_record,
     intact,
+    layer_record,
     merge_record,
+    quarantine_agrees,
     read_footers,
 )
-from tasks.shards import UNMATCHED, Shard
-from tasks.storage.folder import Folder, in_bulk
+from tasks.shards import Shard
+from tasks.storage.folder import FileInfo, Folder, in_bulk
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -32,140 +38,252 @@ MAX_TASKS = 400
 SHARDS_PER_GROUP = 32
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """How embeddings and metadata are joined, and how the result is written.
-
-    `null_rows` keeps rows without an embedding, with a null in its place. `strict` fails a shard whose metadata repeats
-    an id. `schema` is what the metadata of all shards has in common, None where each file keeps its own; `dimensions`
-    of the vectors are 0 until some are there. `embedder` is the embedder's fingerprint, for the files' footers.
-    """
-
-    id_col: str
-    column: str
-    null_rows: bool = False
-    strict: bool = False
-    form: VectorFormat = PLAIN
-    in_place: bool = False
-    rows_per_file: int | None = None
-    schema: pa.Schema | None = None
-    dimensions: int = 0
-    embedder: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def keep_rows(self) -> bool:
-        """Whether rows without an embedding stay: always in the user's own files."""
-        return self.null_rows or self.in_place
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON, for the key: what changes a merged file."""
-        parts = {"id_col": self.id_col, "column": self.column, "null_rows": self.keep_rows, **self.form.as_dict()}
-        size = self.dimensions if self.form.type == "fixed_size_list" else 0
-        return parts | {"schema": self._schema_digest, "dimensions": size, "in_place": self.in_place}
-
-    @cached_property
-    def _schema_digest(self) -> str | None:
-        return None if self.schema is None else digest(str(self.schema.remove_metadata()))
-
-    def place(self, shard: Shard) -> tuple[Folder, str]:
-        """Where a shard's merged file lies: a folder, and the file's name in it."""
-        return self.folder(shard), f"{shard.name}.parquet"
-
-    def folder(self, shard: Shard) -> Folder:
-        """The folder of merged files: beside the tars, in the output, or where files of many shards are made from."""
-        if self.in_place:
-            return shard.source
-        return Folder(f"{shard.output.rstrip('/')}/{'metadata' if self.rows_per_file is None else 'merged'}")
-
-
-def merged_key(shard: Shard, record: EmbeddingRecord, options: MergeOptions) -> str:
-    """What a shard's merged file is a pure function of.
+def merged_key(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> str:
+    """Return what a shard's merged file is a pure function of.
 
     A file beside a tar is its own metadata, so that does not count; json members have no schema before they are read.
+
+    Args:
+        shard: The shard.
+        records: Of its layers, by name.
+        options: How they are joined.
     """
     if options.in_place:
         shard = replace(shard, metadata_fingerprint=None)
     elif shard.metadata is None:
         options = replace(options, schema=None)
-    return merge_key(shard, record.version, options.as_dict())
+    return merge_key(shard, {name: records[name].version for name in sorted(records)}, options.as_dict())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the output.
+
+    Attributes:
+        name: Its name.
+        recipe: The digest of what makes it.
+        made_of: The fingerprint of what makes it.
+        asked: Whether this run makes it; others were made before and are joined again.
+        records: By shard, of the files that hold what they should.
+    """
+
+    name: str
+    recipe: str
+    made_of: Mapping[str, Any]
+    asked: bool
+    records: Mapping[str, LayerRecord]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every shard, with the record of each that is embedded and of each that is merged."""
+    """Every shard, with the records of its layers and of its merged file, as far as they are done."""
 
     shards: tuple[Shard, ...]
-    embedder: str
+    recipes: tuple[Recipe, ...]
     options: MergeOptions
-    embedded: dict[str, EmbeddingRecord]
+    layers: tuple[Layer, ...]
     merged: dict[str, MergeRecord]
     gone: tuple[str, ...] = ()
-    """Shards that the output has embeddings of and the dataset has no more."""
+    """Shards that the output has layers of and the dataset has no more."""
+
+    @cached_property
+    def asked(self) -> tuple[Layer, ...]:
+        """The layers that this run makes, in the order in which it was asked for them."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return tuple(by_name[recipe.layer] for recipe in self.recipes)
 
     @property
+    def main(self) -> Layer:
+        """The first layer that this run makes: its counts are the run's."""
+        return self.asked[0]
+
+    @cached_property
+    def embedded(self) -> dict[str, LayerRecord]:
+        """The record of the first layer of each shard that has all layers asked for."""
+        first, *others = self.asked
+        return {name: it for name, it in first.records.items() if all(name in other.records for other in others)}
+
+    def missing(self, shard: Shard) -> tuple[Recipe, ...]:
+        """Return the recipes whose layer a shard lacks."""
+        return tuple(
+            recipe for recipe, layer in zip(self.recipes, self.asked, strict=True) if shard.name not in layer.records
+        )
+
+    def records(self, shard: Shard) -> dict[str, LayerRecord]:
+        """Return the records of a shard's layers, by layer."""
+        return {layer.name: layer.records[shard.name] for layer in self.layers if shard.name in layer.records}
+
+    @cached_property
     def to_embed(self) -> list[Shard]:
-        """The shards without embeddings that belong to their tar and embedder."""
+        """The shards that lack a layer that belongs to their tar and its recipe."""
         return [shard for shard in self.shards if shard.name not in self.embedded]
 
-    @property
+    @cached_property
     def to_merge(self) -> list[Shard]:
         """The embedded shards whose merged file is missing or older than its inputs."""
         return [shard for shard in self.shards if shard.name in self.embedded and shard.name not in self.merged]
 
-    def embedding_key(self, shard: Shard) -> str:
-        """The key of the shard's embeddings."""
-        return embedding_key(shard, self.embedder, self.options.id_col)
+    @property
+    def vectors(self) -> MergedColumn:
+        """The main layer's column of vectors, as the merged dataset has it."""
+        name = self.main.name
+        found = [column for column in self.options.columns if column.name == name]
+        return found[0] if found else MergedColumn(name, name, "float32", (0,))
 
 
 def make_plan(
     shards: Sequence[Shard],
-    embedder: str,
+    recipes: Sequence[Recipe],
     options: MergeOptions,
     *,
     overwrite: bool = False,
-    accepts: Callable[[str], bool] = lambda decoder: True,
     verify: bool = False,
 ) -> Plan:
     """Read what the output holds of these shards.
 
-    A shard's embeddings count as done if their footer opens, its key is the one expected, and its counts agree with
-    the file's rows, the quarantine and the index.
+    A shard's layer counts as done if its footer opens, its key is the one expected, and its counts agree with the
+    file's rows, the quarantine and the index.
 
-    :param embedder: the digest of the embedder's fingerprint.
-    :param accepts: whether a shard that a decoder decoded counts as done.
-    :param verify: whether to read every page of what looks done and check it against its checksum.
-    :raises InputError: the output was made with another embedder and `overwrite` is not set.
+    Args:
+        shards: All of the dataset.
+        recipes: Of the layers that are asked for.
+        options: How layers and metadata are joined; the layers and columns are found here.
+        overwrite: Whether layers that another recipe made are made anew.
+        verify: Whether to read every page of what looks done and check it against its checksum.
+
+    Raises:
+        InputError: A layer was made by another recipe and `overwrite` is not set, or two layers have one column name.
     """
     target = shards[0].target
-    embedded: dict[str, EmbeddingRecord] = {}
-    embeddings = Folder(f"{target.url.rstrip('/')}/embeddings")
-    for shard, record in zip(shards, _records(shards, embeddings, embedding_record), strict=True):
-        if record is None:
-            continue
-        if record.embedder != embedder and not overwrite:
-            raise InputError(
-                f"{target.url} holds embeddings of another model or setting (see its manifest.json); "
-                "give another --output, or --overwrite to replace them"
-            )
-        if record.key == embedding_key(shard, embedder, options.id_col) and accepts(record.decoder):
-            embedded[shard.name] = record
-    embedded = _only(shards, embedded, lambda shard: account_agrees(shard, embedded[shard.name]))
+    files = Folder(target.place("layers")).list(".parquet")
+    layers = [_asked_layer(shards, recipe, options.id_col, files, overwrite) for recipe in recipes]
+    names = {file.name.partition("/")[0] for file in files}
+    earlier = [_earlier_layer(shards, name, options.id_col, files) for name in names - {it.name for it in layers}]
+    layers = sorted([*layers, *(layer for layer in earlier if layer is not None)], key=lambda layer: layer.name)
+    check_column_names(layers, recipes)
     if verify:
-        embedded = _only(shards, embedded, lambda shard: intact(target, shard.embeddings_file))
-    options = replace(options, dimensions=max((record.dimensions for record in embedded.values()), default=0))
-    quarantined = {file.name for file in Folder(f"{target.url.rstrip('/')}/quarantine").list(UNMATCHED)}
+        layers = [_verified(shards, layer) for layer in layers]
+    columns = merged_columns(layers)
+    options = replace(
+        options,
+        layers=tuple(layer.name for layer in layers),
+        columns=tuple(columns),
+        made_of={layer.name: layer.made_of for layer in layers},
+    )
+    there = {file.name.removesuffix(".parquet").partition("/")[2] for file in files}
+    gone = tuple(sorted(there - {shard.name for shard in shards}))
+    plan = Plan(tuple(shards), tuple(recipes), options, tuple(layers), {}, gone)
+    return replace(plan, merged=_merged(plan, verify))
+
+
+def _asked_layer(
+    shards: Sequence[Shard], recipe: Recipe, id_col: str, files: Sequence[FileInfo], overwrite: bool
+) -> Layer:
+    found: dict[str, LayerRecord] = {}
+    for shard, record in _layer_records(shards, recipe.layer, files):
+        if record.recipe != recipe.digest and not overwrite:
+            raise InputError(
+                f"{shard.output}: layer {recipe.layer!r} was made by another model or setting (see manifest.json); "
+                "give another --image-embedding-column to add a layer, another --output, or --overwrite to replace it"
+            )
+        if record.key == layer_key(shard, recipe.layer, recipe.digest, id_col) and recipe.accepts(record.decoder):
+            found[shard.name] = record
+    found = _only(shards, found, lambda shard: account_agrees(shard, found[shard.name]))
+    return Layer(recipe.layer, recipe.digest, recipe.fingerprint, True, found)
+
+
+def _earlier_layer(shards: Sequence[Shard], name: str, id_col: str, files: Sequence[FileInfo]) -> Layer | None:
+    """Return a layer that another run made; None if no shard has it. Files of tars that have changed are left out."""
+    records = {shard.name: record for shard, record in _layer_records(shards, name, files)}
+    if not records:
+        return None
+    recipe = Counter(record.recipe for record in records.values()).most_common(1)[0][0]
+    made_of = next(record.made_of for record in records.values() if record.recipe == recipe)
+    keys = {shard.name: layer_key(shard, name, recipe, id_col) for shard in shards if shard.name in records}
+    found = {shard: record for shard, record in records.items() if record.key == keys[shard]}
+    found = _only(shards, found, lambda shard: quarantine_agrees(shard, found[shard.name]))
+    return Layer(name, recipe, made_of, False, found)
+
+
+def _layer_records(
+    shards: Sequence[Shard], layer: str, files: Sequence[FileInfo]
+) -> Iterator[tuple[Shard, LayerRecord]]:
+    """Yield the shards that have a layer file, with its record."""
+    folder = Folder(shards[0].target.place("layers"))
+    there = {file.name: file for file in files}
+    named = {name: shard for shard in shards if (name := f"{layer}/{shard.name}.parquet") in there}
+    for name, footer in read_footers(folder, [there[name] for name in named]):
+        record = layer_record(footer)
+        if record is not None and record.layer == layer:
+            yield named[name], record
+
+
+def _verified(shards: Sequence[Shard], layer: Layer) -> Layer:
+    """Return a layer without the files that cannot be read or have a wrong checksum."""
+    found = _only(shards, dict(layer.records), lambda shard: intact(shard.target, shard.layer_file(layer.name)))
+    return replace(layer, records=found)
+
+
+def check_column_names(layers: Sequence[Layer], recipes: Sequence[Recipe] = ()) -> None:
+    """Refuse two layers with a column of one name.
+
+    Args:
+        layers: Of the output, with the columns that are there.
+        recipes: Of the layers that are asked for, with the columns that are still to be computed.
+
+    Raises:
+        InputError: There are such layers.
+    """
+    asked = {recipe.layer: recipe.columns for recipe in recipes}
+    owner: dict[str, str] = {}
+    for layer in layers:
+        there = (name for record in layer.records.values() for name in record.columns)
+        for name in dict.fromkeys([*asked.get(layer.name, ()), *there]):
+            if owner.setdefault(name, layer.name) != layer.name:
+                raise InputError(
+                    f"layers {owner[name]!r} and {layer.name!r} both have a column {name!r}; delete one of the two "
+                    "folders in layers/, or rename the column"
+                )
+
+
+def columns_of(records: Collection[LayerRecord]) -> dict[str, Column]:
+    """Return the columns of a layer, by the records of its shards.
+
+    A shard without any value says nothing of its columns, unless no other shard does.
+    """
+    found: dict[str, Column] = {}
+    for record in [record for record in records if record.embedded] or records:
+        for name, column in record.columns.items():
+            found.setdefault(name, column)
+    return found
+
+
+def merged_columns(layers: Sequence[Layer]) -> list[MergedColumn]:
+    """Return the columns that layers give to the merged dataset: numbers and vectors, one row per sample."""
+    found: list[MergedColumn] = []
+    for layer in layers:
+        columns = columns_of(layer.records.values())
+        if PART not in columns:
+            found += [MergedColumn(n, layer.name, c.dtype, c.shape) for n, c in columns.items() if len(c.shape) < 2]
+    return found
+
+
+def _merged(plan: Plan, verify: bool) -> dict[str, MergeRecord]:
+    """Return the records of the merged files that are as they should be."""
+    shards, options = plan.shards, plan.options
+    if not plan.embedded:
+        return {}
+    unmatched = {file.name for file in Folder(shards[0].target.place("unmatched")).list(".parquet")}
     merged: dict[str, MergeRecord] = {}
-    found = _records(shards, options.folder(shards[0]), merge_record) if embedded else [None] * len(shards)
-    for shard, done in zip(shards, found, strict=True):
-        record = embedded.get(shard.name)
-        listed = done and (not done.unmatched or f"{shard.name}{UNMATCHED}" in quarantined)
-        if done and record and listed and done.key == merged_key(shard, record, options):
+    for shard, done in zip(shards, _records(shards, options.folder(shards[0]), merge_record), strict=True):
+        if done is None or shard.name not in plan.embedded:
+            continue
+        listed = not done.unmatched or f"{shard.name}.parquet" in unmatched
+        if listed and done.key == merged_key(shard, plan.records(shard), options):
             merged[shard.name] = done
     if verify:
         merged = _only(shards, merged, lambda shard: intact(*options.place(shard)))
-    there = {file.name.removesuffix(".parquet") for file in embeddings.list(".parquet")}
-    gone = sorted(there - {shard.name for shard in shards})
-    return Plan(tuple(shards), embedder, options, embedded, merged, tuple(gone))
+    return merged
 
 
 def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
@@ -176,27 +294,44 @@ def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard
 
 
 def plan_in_one_schema(
-    shards: Sequence[Shard], embedder: str, options: MergeOptions, held: pa.Schema | None, **how: Any
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: MergeOptions, held: HeldSchema, **how: Any
 ) -> Plan:
     """Plan, with the schema that the metadata of all shards has in common; see `make_plan`.
 
     The footers of metadata that is not merged yet are read, so that what cannot be one schema is found before any
     image is. Where they widen the schema, what is merged already is joined again. In place each file keeps its own.
 
-    :param held: the schema of what is merged already, as `tasks.dataset.schema.held_schema` says it.
-    :raises InputError: columns of one name cannot be of one type, or one of them cannot be carried through.
+    Args:
+        shards: All of the dataset.
+        recipes: Of the layers that are asked for.
+        options: How layers and metadata are joined.
+        held: Given the names of the new columns, returns the schema of what is merged already, without them.
+        how: The other arguments of `make_plan`.
+
+    Raises:
+        InputError: Columns of one name cannot be of one type, one of them cannot be carried through, or one has the
+            name of a layer's column.
     """
-    plan = make_plan(shards, embedder, replace(options, schema=held), **how)
+    plan = make_plan(shards, recipes, options, **how)
+    names = tuple(dict.fromkeys([*plan.options.names, *(name for recipe in recipes for name in recipe.columns)]))
+    schema = None if options.in_place else held(names)
+    if schema is not None:
+        plan = replace(plan, options=replace(plan.options, schema=schema))
+        plan = replace(plan, merged=_merged(plan, bool(how.get("verify"))))
     left = [*plan.to_embed, *plan.to_merge]
     if options.in_place:
         described = [shard for shard in left if shard.metadata is not None]
-        in_bulk(lambda shard: usable_schema(shard, options.id_col, options.column), described)
+        in_bulk(lambda shard: usable_schema(shard, options.id_col, names), described)
     if options.in_place or not left:
         return plan
-    schema = unified_schema(left, options.id_col, options.column, held if plan.merged else None)
-    if not schema.names or (held is not None and schema.equals(held)):
+    unified = unified_schema(left, options.id_col, names, schema if plan.merged else None)
+    if not unified.names or (schema is not None and unified.equals(schema)):
         return plan
-    return make_plan(shards, embedder, replace(options, schema=schema), **how)
+    plan = replace(plan, options=replace(plan.options, schema=unified))
+    return replace(plan, merged=_merged(plan, bool(how.get("verify"))))
+
+
+HeldSchema = Callable[[Collection[str]], pa.Schema | None]
 
 
 def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer | None], T | None]) -> list[T | None]:
@@ -206,6 +341,29 @@ def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer |
     footers = read_footers(folder, [there[name] for name in names if name in there])
     found = {name: record(footer) for name, footer in footers}
     return [found.get(name) for name in names]
+
+
+def passes(recipes: Sequence[Recipe]) -> list[tuple[Recipe, ...]]:
+    """Split recipes into those that can be computed in one pass over the images."""
+    found: list[list[Recipe]] = []
+    for recipe in recipes:
+        for together in found:
+            if all(recipe.source == it.source or can_share(recipe.embedder, it.embedder) for it in together):
+                together.append(recipe)
+                break
+        else:
+            found.append([recipe])
+    return [tuple(together) for together in found]
+
+
+def embedding_jobs(plan: Plan) -> list[tuple[tuple[Recipe, ...], list[Shard]]]:
+    """Return what is left to embed: recipes that share a pass, and the shards that lack exactly these layers."""
+    jobs: dict[tuple[str, ...], tuple[tuple[Recipe, ...], list[Shard]]] = {}
+    for shard in plan.to_embed:
+        for recipes in passes(plan.missing(shard)):
+            layers = tuple(recipe.layer for recipe in recipes)
+            jobs.setdefault(layers, (recipes, []))[1].append(shard)
+    return list(jobs.values())
 
 
 def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:

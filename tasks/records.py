@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.tar_index import indexed_samples
+from tasks.sample_account import Unbalanced, check_account
 from tasks.shards import Shard
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import FileInfo, Folder
 
 RECORD = b"shard_embed"
@@ -25,41 +27,80 @@ Footer: TypeAlias = pq.FileMetaData
 
 
 @dataclass(frozen=True)
-class EmbeddingRecord:
-    """What the footer of an embeddings file says of it: which inputs it is made of, and the account of its samples."""
+class Column:
+    """A column of a layer: the type of its values, and their shape; () for a number, (512,) for a vector."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the footer of a layer file says: which inputs it is made of, and the account of the shard's samples.
+
+    A record whose account does not balance cannot be made, so no such file can be written or counts as done.
+
+    Attributes:
+        key: The hash of the inputs; see `tasks.keys.layer_key`.
+        layer: The layer's name.
+        recipe: The digest of the fingerprint.
+        samples: How many samples the shard has.
+        embedded: How many of them have a value.
+        quarantined: How many have none, by reason.
+        rows: Rows of the file; as many as `embedded`, unless a column `part` numbers several rows of a sample.
+        columns: The columns besides the id.
+        made_of: The recipe's fingerprint.
+        in_order: Whether the rows are in the order of the tar, as they always are unless a custom embedder's are not.
+        decoder: What decoded the images.
+        versions: Of the libraries that made the values.
+        statistics: By column of vectors; see `tasks.vector_checks.VectorStatistics`.
+        work: When the shard was begun and ended, in seconds since 1970; and for how many seconds its tar was read, the
+            engine waited for the decoder and for the model, and the file before it was written.
+        worker: The machine and the process that did it.
+        ignored: Members of the tar that are part of no sample, such as names without an extension.
+        ignored_examples: Names of some of them.
+        doubt: Why the tar may lack members at its end, although it could be read.
+        computed: The model's precision and device, such as "float32 on a CPU": the fingerprint has the policy only.
+    """
 
     key: str
-    embedder: str
+    layer: str
+    recipe: str
     samples: int
     embedded: int
     quarantined: dict[str, int]
-    dimensions: int
+    rows: int
+    columns: dict[str, Column]
+    made_of: dict[str, Any] = field(default_factory=dict)
+    in_order: bool = True
     decoder: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    vectors: dict[str, float] = field(default_factory=dict)
-    """See `tasks.vector_checks.measure_vectors`."""
+    statistics: dict[str, dict[str, float]] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=dict)
-    """When the shard was begun and ended, in seconds since 1970; and for how many seconds its tar was read, the engine
-    waited for the decoder and for the model, and the file before it was written."""
     worker: str = ""
-    """The machine and the process that did it."""
     ignored: int = 0
-    """Members of the tar that are part of no sample, such as names without an extension."""
     ignored_examples: list[str] = field(default_factory=list)
     doubt: str = ""
-    """Why the tar may lack members at its end, although it could be read."""
     computed: str = ""
-    """The model's precision and device, such as "float32 on a CPU": the embedder's fingerprint has the policy only."""
+
+    def __post_init__(self) -> None:
+        check_account(self.samples, self.embedded, self.quarantined)
 
     @property
     def version(self) -> str:
-        """What a merged file depends on: another decoder gives other vectors under the same key."""
+        """Return what a merged file depends on: another decoder gives other values under the same key."""
         return f"{self.key} {self.decoder}"
 
     @property
-    def balanced(self) -> bool:
-        """Whether every sample is either embedded or quarantined."""
-        return self.samples == self.embedded + sum(self.quarantined.values())
+    def dimensions(self) -> int:
+        """Return the length of the layer's vectors; 0 until there is one."""
+        shape = self.columns[self.layer].shape if self.layer in self.columns else ()
+        return shape[-1] if shape else 0
+
+    @property
+    def vectors(self) -> dict[str, float]:
+        """Return the statistics of the column that has the layer's name."""
+        return self.statistics.get(self.layer, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +123,7 @@ class MergeRecord:
     examples: list[str] = field(default_factory=list)
 
 
-def seconds_in_work(records: Iterable[EmbeddingRecord]) -> float:
+def seconds_in_work(records: Iterable[LayerRecord]) -> float:
     """The seconds from the first begin of some shards to their last end; 0 for none."""
     works = [record.work for record in records if record.work]
     if not works:
@@ -98,14 +139,19 @@ class PartRecord:
     rows: int
 
 
-def with_record(schema: pa.Schema, record: EmbeddingRecord | MergeRecord | PartRecord) -> pa.Schema:
+def with_record(schema: pa.Schema, record: LayerRecord | MergeRecord | PartRecord) -> pa.Schema:
     """The schema with the record in its metadata, and so in the file's footer."""
-    return schema.with_metadata({**(schema.metadata or {}), RECORD: json.dumps(asdict(record)).encode()})
+    return schema.with_metadata({**(schema.metadata or {}), RECORD: to_json(record).encode()})
 
 
-def read_embedding_record(folder: Folder, name: str) -> EmbeddingRecord | None:
-    """The record of an embeddings file; None unless the footer opens and its counts agree with the file."""
-    return embedding_record(_read_footer(folder, name))
+def to_json(record: LayerRecord | MergeRecord | PartRecord) -> str:
+    """Return a record as a footer holds it, under the key `RECORD`."""
+    return json.dumps(asdict(record))
+
+
+def read_layer_record(folder: Folder, name: str) -> LayerRecord | None:
+    """The record of a layer file; None unless the footer opens and its counts agree with the file."""
+    return layer_record(_read_footer(folder, name))
 
 
 def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
@@ -113,20 +159,33 @@ def read_merge_record(folder: Folder, name: str) -> MergeRecord | None:
     return merge_record(_read_footer(folder, name))
 
 
-def embedding_record(footer: Footer | None) -> EmbeddingRecord | None:
-    """The record in the footer of an embeddings file; None unless its counts agree with the file."""
+def layer_record(footer: Footer | None) -> LayerRecord | None:
+    """The record in the footer of a layer file; None unless its account balances and agrees with the file."""
     found = _record(footer)
-    try:
-        record = EmbeddingRecord(**found[0]) if found else None
-        return record if found and record and record.balanced and record.embedded == found[1] else None
-    except (AttributeError, TypeError):  # written by another version, or foreign
+    if found is None:
         return None
+    value, rows = found
+    try:
+        columns = {name: Column(it["dtype"], tuple(it["shape"])) for name, it in value["columns"].items()}
+        record = LayerRecord(**value | {"columns": columns})
+    except (AttributeError, KeyError, TypeError, Unbalanced):  # damaged, written by another version, or foreign
+        return None
+    return record if record.rows == rows and (record.embedded == rows or PART in record.columns) else None
 
 
-def account_agrees(shard: Shard, record: EmbeddingRecord) -> bool:
-    """Whether the quarantine and the index beside an embeddings file tell of as many samples as its record."""
+PART = "part"
+"""The column that numbers the rows of a sample, in layers that have several."""
+
+
+def quarantine_agrees(shard: Shard, record: LayerRecord) -> bool:
+    """Return whether the quarantine beside a layer file has as many rows as its record says."""
     quarantined = sum(record.quarantined.values())
-    if quarantined and _count_rows(shard.target, shard.quarantine_file) != quarantined:
+    return not quarantined or _count_rows(shard.target, shard.quarantine_file(record.layer)) == quarantined
+
+
+def account_agrees(shard: Shard, record: LayerRecord) -> bool:
+    """Return whether the quarantine and the index beside a layer file say as many samples as its record."""
+    if not quarantine_agrees(shard, record):
         return False
     samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint, shard.key_dot)
     return samples is None or samples == record.samples
@@ -135,7 +194,7 @@ def account_agrees(shard: Shard, record: EmbeddingRecord) -> bool:
 def intact(folder: Folder, name: str) -> bool:
     """Whether every page of a Parquet file can be read and has the checksum it was written with."""
     try:
-        with folder.open(name) as file:
+        with arrow_file(folder, name) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 parquet.read_row_group(group, use_threads=False)
@@ -147,7 +206,7 @@ def intact(folder: Folder, name: str) -> bool:
 def _count_rows(folder: Folder, name: str) -> int | None:
     """A Parquet file's rows by its footer; None where it does not open."""
     try:
-        with folder.open(name) as file:
+        with arrow_file(folder, name) as file:
             return int(pq.read_metadata(file).num_rows)
     except (OSError, pa.ArrowException):
         return None

@@ -1,7 +1,7 @@
-"""Where the folders and files of a run are now, found from where they were when it ran.
+"""Find an output's dataset and weights after they were moved.
 
-An output may be moved or copied, alone or together with its dataset. So a manifest names each place twice: as it was,
-and relative to the manifest's own folder. The second counts wherever something is there.
+An output may be moved or copied, alone or together with its dataset. So a manifest names each path twice: as it was,
+and relative to the manifest's own folder. The relative one counts if it exists.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from embedders.errors import InputError, one_line
 from tasks.storage.folder import Folder
 
 RELATIVE = "from_here"
-"""The manifest's entry that names places relative to its own folder."""
+"""The manifest's entry with the paths relative to its own folder."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Folders and files that a run read and wrote beside its output; "" for one that it did not have."""
+    """Paths or URLs that a run read and wrote besides its output; "" for one that it did not have."""
 
     dataset: str = ""
     metadata: str = ""
@@ -29,7 +29,7 @@ class Places:
 
 
 def as_stored(output: str, places: Mapping[str, str]) -> dict[str, Any]:
-    """Return the places as a manifest holds them: absolute or a URL, and relative to the output where that is possible.
+    """Return the places as a manifest holds them: as absolute paths or URLs, and relative to the output if possible.
 
     Args:
         output: The output's folder.
@@ -49,11 +49,11 @@ def find_places(output: str, stored: Mapping[str, Any], dataset: str | None = No
     Args:
         output: The folder that the manifest was read from.
         stored: What the manifest says.
-        dataset: Where the dataset is now, if a person said so.
+        dataset: Where the dataset is now, if the user gave it.
 
     Returns:
-        What lies inside the output is in this one, wherever it was made. Of the rest, what is there relative to this
-        output, else the place where it was; whether anything is still there is not looked at.
+        The places now. Whatever was inside the output is in this one. For the rest, the place relative to this output
+        if it exists, else the place where it was, which may be gone.
     """
     relative = stored.get(RELATIVE)
     if not isinstance(relative, dict):
@@ -67,25 +67,25 @@ def find_places(output: str, stored: Mapping[str, Any], dataset: str | None = No
 
 
 def missing_dataset(dataset: str) -> str:
-    """Return a sentence that says that the dataset is not there or not within reach; "" where it is."""
+    """Return a sentence that says that the dataset is missing or cannot be reached; "" if it is there."""
     if not dataset:
         return ""
     try:
         if Folder(dataset).exists():
             return ""
     except (OSError, InputError) as error:
-        return f"the dataset at {dataset} is out of reach ({one_line(error)}); give --dataset FOLDER if it has moved"
+        return f"the dataset at {dataset} cannot be reached ({one_line(error)}); give --dataset FOLDER if it has moved"
     return f"the dataset is not at {dataset} any more; give --dataset FOLDER"
 
 
 def _absolute(place: str) -> str:
-    """A path that means the same from every folder; a URL as it is."""
+    """Return the absolute form of a path; a URL as it is."""
     folder = Folder(place)
     return os.path.abspath(place) if folder.is_local and "://" not in place else place
 
 
 def _relative(output: str, place: str) -> str:
-    """A place as seen from the output; "" where they are not on one disk or in one store."""
+    """Return a path relative to the output; "" if they are not on one disk or in one store."""
     here, there = Folder(output), Folder(place)
     if "::" in output + place or not (here.protocol == there.protocol or (here.is_local and there.is_local)):
         return ""
@@ -93,18 +93,25 @@ def _relative(output: str, place: str) -> str:
 
 
 def _relative_before(stored: Mapping[str, Any]) -> dict[str, str]:
-    """The same from a manifest that has absolute places only."""
+    """Return the relative paths for a manifest that has only absolute ones."""
     metadata, output = str(stored.get("metadata") or ""), str(stored.get("output") or "")
     return {"metadata": "metadata"} if output and metadata == f"{output.rstrip('/')}/metadata" else {}
 
 
 def _inside(output: str, relative: str | None) -> str:
-    """A place inside the output, named as the output is; "" for one outside."""
+    """Return the path or URL of a place inside the output; "" for one outside."""
     return f"{output.rstrip('/')}/{relative}" if relative and not relative.startswith("..") else ""
 
 
 def _moved(output: str, relative: str | None, was: str, there: Any) -> str:
-    """The place relative to this output, if it is another than it was and what is expected is there; else ""."""
+    """Return a place relative to this output, if it differs from what it was and holds what is expected; else "".
+
+    Args:
+        output: The output's folder now.
+        relative: The place relative to it, from the manifest.
+        was: Where it was.
+        there: Returns whether a place holds what is expected, from the output and the place.
+    """
     if not relative:
         return ""
     here = Folder(output)
@@ -122,6 +129,8 @@ def _is_file(output: str, place: str) -> bool:
 
 
 def _holds_tars(output: str, place: str) -> bool:
-    """Whether a folder holds a tar that the output has embeddings of: another folder may lie there by now."""
-    embedded = Folder(f"{output.rstrip('/')}/embeddings").list(".parquet")
-    return bool(embedded) and Folder(place).has(f"{embedded[0].name.removesuffix('.parquet')}.tar")
+    """Return whether a folder holds a tar that the output has embeddings of; it may be another folder by now."""
+    embedded = Folder(Folder(output).place("layers")).list(".parquet")
+    names = (file.name.partition("/")[2].removesuffix(".parquet") for file in embedded)
+    first = next(names, None)
+    return first is not None and Folder(place).has(f"{first}.tar")

@@ -1,7 +1,7 @@
-"""One run at a time over one output: a lease in the output that says who writes there, and is renewed while they do.
+"""Refuse a second run over one output: a lease in the output says which run writes there, and is renewed meanwhile.
 
-A lease is taken over where nobody can hold it any more: its process is gone from this machine, or, where that cannot be
-seen, it was not renewed for some time.
+A run takes over a lease that nobody can hold any more: if its process is gone from this machine or, for a process of
+another machine, if it was not renewed for some time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from embedders.errors import InputError
 from tasks.storage.folder import Folder
@@ -31,32 +30,33 @@ EXPIRED_AFTER = 120.0
 """Seconds without a renewal after which the run of another machine counts as dead."""
 
 SETTLED_AFTER = 0.5
-"""Seconds after which a lease that was taken over is read once more: of two that take it, the last one has it."""
+"""Seconds after which a run reads a lease that it took over again: if two runs took it, the last one has it."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """Who writes into an output. Times are seconds since 1970; `born` is when the process started, `machine` its kernel
-    and process namespace, where process ids mean the same."""
+    """Which run writes to an output. Times are in seconds since 1970."""
 
     token: str
     host: str
     machine: str
+    """The kernel and the process namespace, within which process ids are comparable."""
     pid: int
     born: float
+    """When the process started."""
     run: str
     started: float
     renewed: float
 
     @classmethod
     def of_this_process(cls, run: str) -> Lease:
-        """A new lease."""
+        """Return a new lease for a run of this process."""
         now, pid = time.time(), os.getpid()
         return cls(uuid.uuid4().hex, socket.gethostname(), _machine(), pid, _born(pid) or 0.0, run, now, now)
 
     @property
     def held(self) -> bool:
-        """Whether somebody may still write under it."""
+        """Return whether its run may still be writing."""
         if self.machine == _machine():
             born = _born(self.pid)  # moves a little when the clock is set
             return born is not None and abs(born - self.born) < 60
@@ -71,12 +71,20 @@ class Lease:
 def only_run(
     output: str, run: str, lost: Callable[[str], None], instead: str = "give another --output"
 ) -> Iterator[None]:
-    """Be the only run over an output within the block; of the lock, and of a folder made for it, nothing is left.
+    """Be the only run over an output within the block. Afterwards the lock is gone, and so is a folder made for it.
 
-    :param run: what this run is called.
-    :param lost: is told, in another thread, if another run has taken the lease nevertheless.
-    :param instead: what a person can do who cannot have this folder.
-    :raises InputError: another run holds the output, or it cannot be written to.
+    Args:
+        output: Folder or fsspec URL of the output.
+        run: The run's name, which another run's error will show.
+        lost: Called with a line, in another thread, if another run has taken the lease all the same.
+        instead: What the user can do if this folder is not available.
+
+    Raises:
+        InputError: Another run holds the output, or it cannot be written to.
+
+    Example:
+        >>> with only_run("out", "embed laion", lost=print):
+        ...     write_to("out")
     """
     folder = Folder(output)
     lease = Lease.of_this_process(run)
@@ -93,7 +101,14 @@ def only_run(
 
 
 def _take(folder: Folder, lease: Lease, instead: str) -> list[Path]:
-    """Write the lease where none is held; the folders made for it, the innermost first."""
+    """Write the lease unless another run holds one.
+
+    Returns:
+        The folders made for it, the innermost first.
+
+    Raises:
+        InputError: Another run holds the output, or it cannot be written to.
+    """
     made = _missing_folders(folder)
     try:
         if _create(folder, lease):
@@ -101,7 +116,7 @@ def _take(folder: Folder, lease: Lease, instead: str) -> list[Path]:
         holder = _read(folder)
         if holder is not None and holder.held:
             raise InputError(
-                f"{folder.url}: another run writes here: {holder}; wait for its end or {instead} "
+                f"{folder.url}: another run writes here: {holder}; wait until it ends or {instead} "
                 f"(if that process is gone for good, remove {folder.url.rstrip('/')}/{LOCK})"
             )
         folder.write_text(LOCK, _text(lease))
@@ -110,7 +125,7 @@ def _take(folder: Folder, lease: Lease, instead: str) -> list[Path]:
     except OSError as error:
         raise InputError(f"{folder.url}: cannot be written to: {error.strerror or error}; {instead}") from error
     if now is None or now.token != lease.token:
-        raise InputError(f"{folder.url}: another run took over at the same moment: {now}; wait for its end")
+        raise InputError(f"{folder.url}: another run took over at the same moment: {now}; wait until it ends")
     return made
 
 
@@ -122,7 +137,11 @@ def _missing_folders(folder: Folder) -> list[Path]:
 
 
 def _create(folder: Folder, lease: Lease) -> bool:
-    """Write the lease if there is none: in one step on a disk and in stores that can, such as S3."""
+    """Write the lease if there is none, in one step on a disk and in stores that can do so, such as S3.
+
+    Returns:
+        Whether it was written.
+    """
     path, text = folder.path(LOCK), _text(lease)
     try:
         if folder.is_local:
@@ -137,14 +156,18 @@ def _create(folder: Folder, lease: Lease) -> bool:
             return False
         folder.write_text(LOCK, text)
     except OSError:
-        if not folder.has(LOCK):  # else the store's way to say that it exists
+        if not folder.has(LOCK):  # otherwise this is how the store says that it exists
             raise
         return False
     return True
 
 
 def _create_whole(path: str, text: str) -> None:
-    """A file that is never there without its text, and only if it is not there yet."""
+    """Create a file together with its content in one step.
+
+    Raises:
+        FileExistsError: There is one already.
+    """
     folder, name = os.path.split(path)
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # swept by the next run if this one is killed here
     try:
@@ -163,7 +186,7 @@ def _create_whole(path: str, text: str) -> None:
 
 
 def _read(folder: Folder) -> Lease | None:
-    """The lease that is there; None if none is or it is none of ours."""
+    """Return the lease in the folder; None if there is none, or a file that is no lease."""
     try:
         return Lease(**json.loads(folder.read_text(LOCK) or ""))
     except (ValueError, TypeError):
@@ -178,12 +201,12 @@ def _renew(folder: Folder, lease: Lease, ended: threading.Event, lost: Callable[
                 lost(f"{folder.url}: another run took over: {now}")
                 return
             folder.write_text(LOCK, _text(replace(lease, renewed=time.time())))
-        except OSError:  # a store that is away for a moment, a disk that is full: the next time
+        except OSError:  # a store that does not answer, or a full disk: try again at the next renewal
             continue
 
 
 def _give_back(folder: Folder, lease: Lease, made: list[Path]) -> None:
-    """Take the lease away, and the folders made for it if nothing else came into them."""
+    """Remove the lease, and the folders made for it if they are empty."""
     with contextlib.suppress(OSError):
         now = _read(folder)
         if now is not None and now.token == lease.token:
@@ -197,15 +220,16 @@ def _text(lease: Lease) -> str:
 
 
 def _machine() -> str:
-    """What tells whether two processes see each other's ids: the kernel's boot and the process namespace."""
-    known: list[Any] = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        known = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(known)
+    """Return a text that is the same for processes that see each other's ids: the boot id and the process namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _born(pid: int) -> float | None:
-    """When a process started; None if there is none. An id that was given anew is another process."""
+    """Return when a process started; None if there is none. A reused process id has another start."""
     import psutil
 
     try:

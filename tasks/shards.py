@@ -15,13 +15,7 @@ from tasks.storage.folder import Folder, in_bulk
 UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d --rm FILE", ".tar.xz": "unxz FILE"}
 """Compressed tars, and what unpacks them."""
 
-UNMATCHED = ".unmatched.parquet"
-"""How the files end that list what the merge could not join."""
-
-RESERVED = UNMATCHED.replace(".parquet", ".tar")
-"""How no tar may end: the quarantine of a.unmatched.tar would be the file that lists what of a.tar was not joined."""
-
-WRITTEN = ("embeddings", "index", "merged", "metadata", "quarantine")
+WRITTEN = ("index", "layers", "merged", "metadata", "quarantine", "unmatched")
 """The folders of an output that hold a file per shard."""
 
 
@@ -67,24 +61,22 @@ class Shard:
         """DALI's index, in the output."""
         return f"index/{self.name}.idx"
 
-    @property
-    def embeddings_file(self) -> str:
-        """Ids and vectors, in the output: the cache of the shard."""
-        return f"embeddings/{self.name}.parquet"
+    def layer_file(self, layer: str) -> str:
+        """Ids and values of a layer, in the output: the cache of the shard."""
+        return f"layers/{layer}/{self.name}.parquet"
 
-    @property
-    def quarantine_file(self) -> str:
-        """What could not be embedded, in the output; there only if there is such a sample."""
-        return f"quarantine/{self.name}.parquet"
+    def quarantine_file(self, layer: str) -> str:
+        """The samples without a value in a layer, in the output; there only if there is such a sample."""
+        return f"quarantine/{layer}/{self.name}.parquet"
 
     @property
     def unmatched_file(self) -> str:
         """Metadata rows without an image and images without a row, in the output; there only if there are any."""
-        return f"quarantine/{self.name}{UNMATCHED}"
+        return f"unmatched/{self.name}.parquet"
 
     @property
     def merged_file(self) -> str:
-        """The metadata joined with the embeddings, in the output."""
+        """The metadata joined with the layers, in the output."""
         return f"metadata/{self.name}.parquet"
 
 
@@ -92,8 +84,8 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
     """Every `.tar` below the dataset's folder, sorted by name.
 
     :param key_dot: which dot of a file name ends a sample's key.
-    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, a name that is
-        not UTF-8, or a tar whose files in the output would be another one's.
+    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, or a name
+        that is not UTF-8.
     """
     for path in (dataset, output):
         _check_name(path)
@@ -113,11 +105,6 @@ def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Sh
         if file.name.endswith(".tar"):
             _check_name(f"{dataset}/{file.name}")
             name = file.name.removesuffix(".tar")
-            if file.name.endswith(RESERVED):
-                raise InputError(
-                    f"{dataset}/{file.name}: the quarantine has files of this name for what could not be joined; "
-                    f"rename the tar and its Parquet, such as to {name.replace('.', '-')}.tar"
-                )
             metadata_fingerprint = metadata.get(name)
             shard = Shard(name, dataset, output, file.size, file.fingerprint, metadata_fingerprint, key_dot=key_dot)
             shards.append(shard)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 
 ALIKE = 1e-6
 """Variance by mean square below which vectors are all alike: any two have a cosine above 0.999999."""
@@ -16,34 +16,71 @@ ENOUGH = 8
 NORM_TOLERANCE = 1e-3
 
 
-def measure_vectors(vectors: np.ndarray) -> dict[str, float]:
-    """What a footer keeps of a shard's vectors.
+class VectorStatistics:
+    """Statistics of vectors that come a few at a time, for the record of a layer.
 
-    :param vectors: (n, dimensions) float32.
-    :return: `nonfinite`, vectors with a NaN or an infinity; of the others `norm_min` and `norm_max`, `square`, the
-        mean of their squared norms, `variance`, summed over the dimensions, and `constant`, dimensions without any.
-        Empty where there is no vector.
+    Means and variances are joined as in Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances" (1979).
     """
-    finite = np.isfinite(vectors).all(axis=1)
-    measured = {"nonfinite": float(len(vectors) - finite.sum())}
-    rows = vectors[finite] if not finite.all() else vectors
-    if not rows.size:
-        return measured if len(vectors) else {}
-    squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    variances = rows.var(axis=0, dtype=np.float64)
-    return measured | {
-        "norm_min": float(np.sqrt(squares.min())),
-        "norm_max": float(np.sqrt(squares.max())),
-        "square": float(squares.mean()),
-        "variance": float(variances.sum()),
-        "constant": float((variances <= ALIKE * ALIKE * max(squares.mean(), 1e-300)).sum()),
-    }
+
+    def __init__(self) -> None:
+        self._nonfinite = self._count = 0
+        self._norm_min, self._norm_max, self._square = np.inf, 0.0, 0.0
+        self._mean: Any = 0.0
+        self._spread: Any = 0.0
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Count vectors, (n, dimensions) float32."""
+        finite = np.isfinite(vectors).all(axis=1)
+        self._nonfinite += len(vectors) - int(finite.sum())
+        rows = vectors if finite.all() else vectors[finite]
+        if not rows.size:
+            return
+        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        self._norm_min = min(self._norm_min, float(np.sqrt(squares.min())))
+        self._norm_max = max(self._norm_max, float(np.sqrt(squares.max())))
+        mean, count = rows.mean(axis=0, dtype=np.float64), self._count + len(rows)
+        apart = mean - self._mean
+        self._spread = self._spread + rows.var(axis=0, dtype=np.float64) * len(rows)
+        self._spread += apart * apart * (self._count * len(rows) / count)
+        self._mean = self._mean + apart * (len(rows) / count)
+        self._square += (float(squares.mean()) - self._square) * (len(rows) / count)
+        self._count = count
+
+    def result(self) -> dict[str, float]:
+        """Return what a footer keeps.
+
+        Returns:
+            `nonfinite`, the vectors with a NaN or an infinity; of the others `norm_min` and `norm_max`, `square`, the
+            mean of their squared norms, `variance`, summed over the dimensions, and `constant`, the dimensions without
+            any. Empty where there was no vector.
+        """
+        measured = {"nonfinite": float(self._nonfinite)}
+        if not self._count:
+            return measured if self._nonfinite else {}
+        variances = self._spread / self._count
+        return measured | {
+            "norm_min": self._norm_min,
+            "norm_max": self._norm_max,
+            "square": self._square,
+            "variance": float(variances.sum()),
+            "constant": float((variances <= ALIKE * ALIKE * max(self._square, 1e-300)).sum()),
+        }
 
 
-def check_vectors(records: Mapping[str, EmbeddingRecord], embedder: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the vectors of these shards, a line each; empty where nothing is.
+def measure_vectors(vectors: np.ndarray) -> dict[str, float]:
+    """Return the statistics of vectors, (n, dimensions) float32; see `VectorStatistics.result`."""
+    statistics = VectorStatistics()
+    statistics.add(vectors)
+    return statistics.result()
 
-    :param embedder: its fingerprint; its `normalized` tells whether norms must be 1.
+
+def check_vectors(records: Mapping[str, LayerRecord], embedder: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the vectors of a layer, a line each; empty where nothing is.
+
+    Args:
+        records: The layer's record for each shard.
+        embedder: The fingerprint that the layer was made with; its `normalized` says whether norms must be 1.
     """
     measured = {name: record.vectors for name, record in records.items() if record.vectors}
     samples = sum(record.samples for record in records.values())
@@ -52,7 +89,7 @@ def check_vectors(records: Mapping[str, EmbeddingRecord], embedder: Mapping[str,
     if refused and not any(record.embedded for record in records.values()):
         found.append(f"the model gave no usable vector for any of {samples:,} images; try --no-autocast")
     if broken := [name for name, it in measured.items() if it["nonfinite"]]:
-        found.append(f"NaN or infinite vectors in {_named(broken)}; remove these files in embeddings/ and run again")
+        found.append(f"NaN or infinite vectors in {_named(broken)}; remove these files in layers/ and run again")
     whole = {name: it for name, it in measured.items() if "square" in it}
     if zero := [name for name, it in whole.items() if it["norm_max"] == 0]:
         found.append(f"all vectors are zero in {_named(zero)}; check the model and its weights")

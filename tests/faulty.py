@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from embedders import TimmImageEmbedder
-from embedders.base import ShardBatch
+from embedders.shard_batch import ShardBatch
 from embedders.webdataset import OpenShard
 
 MODEL = "test_vit.r160_in1k"

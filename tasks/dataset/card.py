@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError
-from tasks.counted import counted
 from tasks.dataset.even_files import missing_parts, plan_parts
-from tasks.dataset.schema import FORMER, SCHEMA, common_schema, metadata_folder
-from tasks.plan import Plan
+from tasks.dataset.schema import SCHEMA, common_schema, metadata_folder
+from tasks.merge_options import MergedColumn
+from tasks.plan import Layer, Plan
 from tasks.records import read_merge_record, read_part_record
 from tasks.storage.folder import Folder
+from tasks.wording import counted
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by shard-embed, and again when the dataset changes. Take this line away to keep your own. -->"
 
 
-def finish_dataset(plan: Plan, embedder: Mapping[str, Any]) -> None:
+def finish_dataset(plan: Plan) -> None:
     """Write the dataset's common schema and its card where they say something else, and take away files that rows of
     this dataset were in before.
-
-    :param embedder: the embedder's fingerprint.
     """
     if plan.options.in_place or not plan.merged:
         return
     target, folder = Folder(plan.shards[0].output), metadata_folder(plan.shards[0].output)
     try:
-        schema = common_schema(plan, embedder)
+        schema = common_schema(plan)
     except InputError:
         schema = None  # each file has a schema of its own, and says so
     if schema is not None and not _says(target, schema):
         target.write(SCHEMA, lambda path: pq.write_metadata(schema, path))
-    target.remove(FORMER)
-    text = card(plan, embedder)
+    text = card(plan)
     before = target.read_text(CARD)
     if before is None or (CARD_MARK in before and before != text):
         target.write_text(CARD, text)
@@ -65,15 +61,12 @@ def _remove_former(plan: Plan, folder: Folder) -> None:
             folder.remove(found.name)
 
 
-def card(plan: Plan, embedder: Mapping[str, Any]) -> str:
-    """The dataset's card: `datasets.load_dataset` finds the rows by it, and a person what the vectors are."""
-    options = plan.options
-    model = embedder.get("model") or embedder.get("embedder") or ""
+def card(plan: Plan) -> str:
+    """Return the dataset's card: `datasets.load_dataset` finds the rows by it, and a person what the columns are."""
     rows = sum(record.rows for record in plan.merged.values())
-    precisions = sorted({record.computed for record in plan.embedded.values() if record.computed})
-    computed = {"precision": ", ".join(precisions)} if precisions else {}
-    normalised = ", each of length 1" if embedder.get("normalized") else ""
-    values = f"{options.dimensions} {options.form.dtype} values a row{normalised}"
+    models = ", ".join(dict.fromkeys(_model(layer) for layer in plan.layers))
+    columns = "\n".join(f"- {_told(column, plan)}" for column in plan.options.columns)
+    made_of = {layer.name: {**layer.made_of, **_precision(layer)} for layer in plan.layers}
     return f"""---
 configs:
 - config_name: default
@@ -85,9 +78,12 @@ tags:
 ---
 {CARD_MARK}
 
-# Image embeddings by {model}
+# Image embeddings by {models}
 
-{counted(rows, "row")} of {counted(len(plan.merged), "shard")}. The column `{options.column}` holds {values}.
+{counted(rows, "row")} of {counted(len(plan.merged), "shard")}. New columns:
+
+{columns}
+
 `quarantine/` lists what has no embedding, and why.
 
 ```python
@@ -99,6 +95,24 @@ rows = load_dataset("path/of/this/folder", split="train").with_format("numpy")
 Made from:
 
 ```json
-{json.dumps({**embedder, **computed}, indent=2)}
+{json.dumps(made_of, indent=2)}
 ```
 """
+
+
+def _model(layer: Layer) -> str:
+    return str(layer.made_of.get("model") or layer.made_of.get("embedder") or layer.name)
+
+
+def _told(column: MergedColumn, plan: Plan) -> str:
+    made_of = plan.options.made_of.get(column.layer, {})
+    if not column.shape:
+        return f"`{column.name}`: {column.dtype}"
+    dtype = plan.options.form.dtype if column.dtype == "float32" else column.dtype
+    normalised = ", each of length 1" if made_of.get("normalized") else ""
+    return f"`{column.name}`: {column.dimensions} {dtype} values per row{normalised}"
+
+
+def _precision(layer: Layer) -> dict[str, str]:
+    precisions = sorted({record.computed for record in layer.records.values() if record.computed})
+    return {"precision": ", ".join(precisions)} if precisions else {}

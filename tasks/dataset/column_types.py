@@ -1,4 +1,4 @@
-"""Types of columns: those that pass from file to file as they are, and whether two columns hold the same values."""
+"""Types of columns: which of them can be copied from file to file, and whether two columns hold the same values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from embedders.errors import one_line
 
 
 def plain_type(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
-    """Return the type that holds the same values, is the same in Parquet, and that Arrow can select rows of.
+    """Return a type that holds the same values, is the same in Parquet, and lets Arrow select rows.
 
-    Arrow cannot select rows of string views and binary views, nor read dictionaries inside lists, structs and maps
-    across row groups. In Parquet they are strings, bytes and the dictionary's values: only a note of Arrow's differs.
+    Arrow can neither select rows of string views and binary views, nor read dictionaries inside lists, structs and maps
+    across row groups. In Parquet these are strings, bytes and the dictionary's values; only Arrow's own schema in the
+    footer differs.
+
+    Args:
+        kind: The type.
+        nested: Whether it is part of another type.
     """
     if pa.types.is_string_view(kind):
         return pa.string()
@@ -47,12 +52,12 @@ def _plain_field(field: pa.Field) -> pa.Field:
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """Return a schema with all its types plain."""
+    """Return a schema with plain types; see `plain_type`."""
     return pa.schema([field.with_type(plain_type(field.type)) for field in schema], schema.metadata)
 
 
 def plain_table(table: pa.Table) -> pa.Table:
-    """Return the same rows in plain types."""
+    """Return the same rows in plain types; see `plain_type`."""
     schema = plain_schema(table.schema)
     columns = [
         column if column.type == field.type else column.cast(field.type)
@@ -62,9 +67,9 @@ def plain_table(table: pa.Table) -> pa.Table:
 
 
 def refused_by_arrow(field: pa.Field) -> str | None:
-    """Return why rows of a column cannot be selected and written by this pyarrow; None if they can.
+    """Return why this pyarrow cannot select and write rows of a column; None if it can.
 
-    Tried with two nulls: what Arrow cannot do, it cannot do for a type, whatever the values.
+    This tries it with two nulls, because whether Arrow can do it depends on the type and not on the values.
     """
     schema = pa.schema([field.with_nullable(True)])
     try:
@@ -79,7 +84,7 @@ def refused_by_arrow(field: pa.Field) -> str | None:
 
 
 def same_tables(one: pa.Table, other: pa.Table) -> bool:
-    """Return whether two tables hold the same values in columns of the same names; a NaN is the same as a NaN."""
+    """Return whether two tables hold the same values in columns of the same names; NaN equals NaN."""
     if one.equals(other):
         return True
     if one.schema.names != other.schema.names or len(one) != len(other):
@@ -88,7 +93,7 @@ def same_tables(one: pa.Table, other: pa.Table) -> bool:
 
 
 def _same(one: pa.Array, other: pa.Array) -> bool:
-    """Return whether two arrays hold the same values; Arrow's own comparison takes no NaN for another."""
+    """Return whether two arrays hold the same values. In Arrow's own comparison no NaN equals another."""
     if one.type != other.type or len(one) != len(other):
         return False
     if one.equals(other):

@@ -3,56 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from tasks.dataset.vectors import VectorFormat
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 
-DESCRIPTION = b"embedding"
-"""The key under which a footer describes the vectors, as JSON."""
+if TYPE_CHECKING:
+    from tasks.merge_options import MergedColumn, MergeOptions
+
+DESCRIPTION = b"embeddings"
+"""The key under which a footer describes the layers' columns, as JSON."""
 ADDED = b"shard_embed_columns"
-"""The key under which the footer of a user's own file names every column that was added to it, as JSON."""
+"""The key under which the footer of a user's own file has every column that was added to it and its layer, as JSON."""
 HUGGINGFACE = b"huggingface"
 
 
-def describe(
-    column: str, form: VectorFormat, embedder: Mapping[str, Any], dimensions: int, record: EmbeddingRecord | None = None
-) -> dict[str, Any]:
-    """How a column of vectors was made, as plain JSON.
+def describe(options: MergeOptions, records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
+    """Return how each column of vectors or numbers was made, as plain JSON.
 
-    :param embedder: the embedder's fingerprint.
-    :param record: of the embeddings, for what decoded the images and the versions of the libraries.
+    Args:
+        options: The columns, how they are held, and the fingerprints of what made them.
+        records: Of the layers, for what decoded the images and the versions of the libraries.
     """
-    known = {name: embedder.get(name) for name in ("model", "weights", "preprocessing", "precision", "normalized")}
-    other = {name: value for name, value in embedder.items() if name not in known}
+    return [_described(column, options, records.get(column.layer)) for column in options.columns]
+
+
+def _described(column: MergedColumn, options: MergeOptions, record: LayerRecord | None) -> dict[str, Any]:
+    made_of = options.made_of.get(column.layer, {})
+    known = {name: made_of.get(name) for name in ("model", "weights", "preprocessing", "precision", "normalized")}
+    other = {name: value for name, value in made_of.items() if name not in known}
     made: dict[str, Any] = {}
     if record is not None:
         made = {"decoder": record.decoder, "versions": record.versions}
         made |= {"precision": record.computed} if record.computed else {}
-    return {"column": column, "dimensions": dimensions, **form.as_dict(), **known, "embedder": other, **made}
+    form = options.form.as_dict() if column.shape else {}
+    return {
+        "column": column.name,
+        "layer": column.layer,
+        "dimensions": column.dimensions,
+        **form,
+        **known,
+        "embedder": other,
+        **made,
+    }
 
 
-def footer(schema: pa.Schema, description: Mapping[str, Any]) -> dict[bytes, bytes]:
+def footer(schema: pa.Schema, description: Sequence[Mapping[str, Any]]) -> dict[bytes, bytes]:
     """The schema metadata of a merged file, for its footer."""
     features = {field.name: feature(field.type) for field in schema}
     told = {name: value for name, value in features.items() if value is not None}
     return {
-        DESCRIPTION: json.dumps(description).encode(),
+        DESCRIPTION: json.dumps(list(description)).encode(),
         HUGGINGFACE: json.dumps({"info": {"features": told}}).encode(),
     }
 
 
-def columns_made(schema: pa.Schema) -> set[str]:
-    """Return the columns of a file that this program wrote, by the file's footer."""
+def columns_made(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns of a file that this program wrote, by the file's footer; and the layer of each.
+
+    Columns of earlier runs that a user's own file has kept are among them.
+    """
     notes = schema.metadata or {}
     try:
-        described, added = json.loads(notes.get(DESCRIPTION, b"{}")), json.loads(notes.get(ADDED, b"[]"))
-        return {str(described.get("column", "")), *map(str, added)} - {""}
-    except (ValueError, AttributeError, TypeError):  # somebody else's notes under these names
-        return set()
+        described, added = json.loads(notes.get(DESCRIPTION, b"[]")), json.loads(notes.get(ADDED, b"{}"))
+        return {str(it["column"]): str(it["layer"]) for it in described} | {str(k): str(v) for k, v in added.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's notes under these names
+        return {}
 
 
 def feature(kind: pa.DataType) -> dict[str, Any] | None:

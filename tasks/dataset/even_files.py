@@ -1,4 +1,4 @@
-"""Files with an even number of rows, made of the merged ones on request."""
+"""Write the dataset again in files with an even number of rows, if the user asked for it."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from embedders.fingerprint import digest
 from tasks.dataset.metadata import conform
 from tasks.dataset.schema import UNIFIED, metadata_folder
-from tasks.dataset.vectors import rows_a_group, write_groups
-from tasks.keys import digest
-from tasks.merge import arrow_file
-from tasks.plan import MergeOptions, Plan
+from tasks.dataset.vectors import write_groups
+from tasks.layer_rows import group_rows, vector_columns
+from tasks.merge_options import MergeOptions
+from tasks.plan import Plan
 from tasks.records import PartRecord, read_part_record, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder, in_bulk
 
 TASKS = 64
-"""Tasks that the parts are written in, at most."""
+"""The most tasks that the parts are written in."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of the dataset with rows of several shards: (shard, first row, rows) of each, and what it depends on."""
+    """A file of the dataset with the rows of several shards."""
 
     name: str
     slices: tuple[tuple[str, int, int], ...]
+    """Shard, first row and number of rows of each piece."""
     key: str
+    """Hash of everything that the file depends on."""
 
     @property
     def label(self) -> str:
-        """What a failure of it is told under."""
+        """Return the name under which its failure is reported."""
         return f"metadata/{self.name}"
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Return how many rows it has."""
         return sum(count for _, _, count in self.slices)
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-
 def plan_parts(plan: Plan) -> list[Part]:
-    """The files that hold the merged rows of all shards in order, `rows_per_file` in each but the last."""
+    """Return the files for the merged rows of all shards in order, with `rows_per_file` rows in each but the last."""
     size = plan.options.rows_per_file
     if size is None:
         return []
@@ -75,7 +76,7 @@ def plan_parts(plan: Plan) -> list[Part]:
 
 
 def missing_parts(plan: Plan) -> list[Part]:
-    """The parts that are not there as they should be."""
+    """Return the parts that are missing or out of date."""
     parts = plan_parts(plan)
     if not parts:
         return []
@@ -85,17 +86,21 @@ def missing_parts(plan: Plan) -> list[Part]:
 
 
 def part_groups(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """Split parts into tasks."""
+    """Split parts into the groups of the tasks."""
     size = max(1, -(-len(parts) // TASKS))
     return [tuple(parts[i : i + size]) for i in range(0, len(parts), size)]
 
 
 def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema) -> None:
-    """Write a part from the merged files of its shards, a row group at a time.
+    """Write a part from the merged files of its shards, one row group at a time.
 
-    :param schema: of the whole dataset.
+    Args:
+        part: What to write.
+        output: The output's folder.
+        options: How the dataset is written.
+        schema: The schema of the whole dataset.
     """
-    merged, size = Folder(f"{output.rstrip('/')}/merged"), rows_a_group(options.dimensions)
+    merged, size = Folder(f"{output.rstrip('/')}/merged"), group_rows(options)
     record = PartRecord(part.key, part.rows)
     kept = {name: value for name, value in (schema.metadata or {}).items() if name != UNIFIED}
     schema = with_record(schema.with_metadata(kept), record)
@@ -103,13 +108,13 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
     def save(path: str) -> None:
         pieces = (table for piece in part.slices for table in _read_slice(merged, *piece))
         tables = _even(pieces, schema, options, size)
-        write_groups(schema, tables, path, options.column, size, options.form.encoding)
+        write_groups(schema, tables, path, vector_columns(options), size, options.form.encoding)
 
     metadata_folder(output).write(part.name, save)
 
 
 def _read_slice(folder: Folder, shard: str, first: int, count: int) -> Iterator[pa.Table]:
-    """Some rows of a merged file, by its row groups."""
+    """Yield some rows of a merged file, one table per row group."""
     with arrow_file(folder, f"{shard}.parquet") as file:
         parquet, at = pq.ParquetFile(file, page_checksum_verification=True), 0
         for group in range(parquet.num_row_groups):
@@ -121,14 +126,15 @@ def _read_slice(folder: Folder, shard: str, first: int, count: int) -> Iterator[
 
 
 def _even(tables: Iterator[pa.Table], schema: pa.Schema, options: MergeOptions, size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `size` rows, in one schema."""
+    """Yield the same rows in tables of `size` rows, in one schema."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(conform(table.replace_schema_metadata(None), schema, options.id_col).cast(schema))
         while sum(map(len, waiting)) >= size:
             whole = pa.concat_tables(waiting)
             yield whole.slice(0, size)
-            waiting = [rest] if len(rest := whole.slice(size)) else []
+            rest = whole.slice(size)
+            waiting = [rest] if len(rest) else []
     if waiting:
         yield pa.concat_tables(waiting)
 
@@ -140,9 +146,17 @@ def _even(tables: Iterator[pa.Table], schema: pa.Schema, options: MergeOptions, 
     **RETRIES,
 )
 def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schema: pa.Schema, span: str) -> int:
-    """Write some parts; how many rows they have.
+    """Write some parts and return how many rows they have.
 
-    :raises ShardsFailed: some could not be written; all others are.
+    Args:
+        parts: What to write.
+        output: The output's folder.
+        options: How the dataset is written.
+        schema: The schema of the whole dataset.
+        span: The parts' names in Prefect's UI.
+
+    Raises:
+        ShardsFailed: Some parts failed; all others are written.
     """
     failures = []
     for part in parts:

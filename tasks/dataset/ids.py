@@ -1,4 +1,4 @@
-"""Ids of metadata rows as the text that is compared, a column at a time."""
+"""Turn columns of ids into the text that the join compares."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import pyarrow.compute as pc
 from embedders.ids import canonical_id
 
 EXACT = float(1 << 62)
-"""Floats below it are integers that 64 bits hold."""
+"""Whole floats below it fit in 64-bit integers."""
 
 
 def canonical_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """`embedders.ids.canonical_id` of every value, as strings; nulls stay null.
+    """Return `embedders.ids.canonical_id` of every value.
 
-    Integers, text and floats that are whole numbers are converted by Arrow, all else value by value.
+    Arrow converts integers, text and whole floats; all other values are converted one by one.
+
+    Args:
+        column: A column of any type.
+
+    Returns:
+        A column of strings. Nulls stay null.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -37,7 +43,14 @@ def _all_whole(column: pa.ChunkedArray) -> bool:
 
 
 def repeated(ids: pa.ChunkedArray) -> np.ndarray:
-    """Rows whose id is an earlier row's, ascending; a null is no id."""
+    """Find the rows that repeat the id of an earlier row.
+
+    Args:
+        ids: A column of ids. Nulls do not count.
+
+    Returns:
+        Row numbers in ascending order, (n,) int64.
+    """
     if len(ids) - ids.null_count == pc.count_distinct(ids, mode="only_valid").as_py():
         return np.zeros(0, np.int64)
     codes = ids.combine_chunks().dictionary_encode().indices

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedders.errors import InputError, one_line
@@ -18,70 +20,95 @@ from embedders.webdataset import open_shard, sample_json
 from tasks.dataset.column_types import plain_schema, plain_table, refused_by_arrow
 from tasks.dataset.description import columns_made
 from tasks.dataset.ids import canonical_ids, repeated
+from tasks.dataset.vectors import READ_BYTES
 from tasks.shards import Shard
+from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import in_bulk
 
+ROWS_OF_A_COLUMN = 1 << 16
+"""Rows that are read at a time where only one column is."""
 MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
 """Shares of ids without a partner: of either side in the whole dataset, and of the smaller side in one shard."""
 
 
 @contextmanager
 def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet beside a shard's tar.
+    """Open the Parquet beside a shard's tar.
 
-    :raises InputError: it is not readable as Parquet, or has no id column.
+    Raises:
+        InputError: It is not readable as Parquet, or has no id column.
     """
     assert shard.metadata is not None
     where = f"{shard.dataset}/{shard.metadata}"
-    opened = shard.source.open(shard.metadata)  # what a store says here is not of the file's content
+    options = {"buffer_size": READ_BYTES} if shard.source.is_local else {}  # of a store, a column is one request
+    with arrow_file(shard.source, shard.metadata) as file:
+        with _unreadable(where):
+            parquet = pq.ParquetFile(file, pre_buffer=False, **options)
+        if id_col not in parquet.schema_arrow.names:
+            columns = ", ".join(parquet.schema_arrow.names)
+            raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
+        yield parquet
+
+
+@contextmanager
+def _unreadable(where: str) -> Iterator[None]:
+    """Say which metadata it is that Arrow cannot read."""
     try:
-        with opened as file:
-            parquet = pq.ParquetFile(file)
-            if id_col not in parquet.schema_arrow.names:
-                columns = ", ".join(parquet.schema_arrow.names)
-                raise InputError(f"{where}: no id column {id_col!r}; give --id-col one of: {columns}")
-            yield parquet
+        yield
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's error; what Arrow says of a file's content has no number
         raise InputError(f"{where}: not readable as Parquet ({one_line(error, limit=120)}); replace it") from error
 
 
-def check_metadata(shard: Shard, id_col: str, ids: Sequence[str] | None = None, *, unique: bool = True) -> None:
+def check_metadata(
+    shard: Shard, id_col: str, ids: pa.Array | Sequence[str] | None = None, *, unique: bool = True
+) -> None:
     """Prove that the metadata Parquet can be joined with the shard's samples by id.
 
-    :param ids: the samples' ids, where the tar was looked at.
-    :param unique: whether a repeated id is an error; otherwise its first row is the one that is joined.
-    :raises InputError: it does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is
-        a sample's.
+    Args:
+        shard: The shard; one without such a Parquet passes.
+        id_col: The column with the ids.
+        ids: The samples' ids, if the tar was looked at.
+        unique: Whether a repeated id is an error; otherwise its first row is the one that is joined.
+
+    Raises:
+        InputError: It does not open, has no rows, lacks the id column, repeats an id, or hardly any of its ids is a
+            sample's.
     """
     if shard.metadata is None:
         return
     where = f"{shard.dataset}/{shard.metadata}"
-    with open_metadata(shard, id_col) as parquet:
-        column = parquet.read([id_col]).column(id_col)
+    with open_metadata(shard, id_col) as parquet, _unreadable(where):
+        column = parquet.read([id_col]).column(id_col)  # it also reads a column called "id_col.other"
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
     again = repeated(texts)
     if unique and len(again):
         raise repeated_id(where, column[int(again[0])].as_py(), int(again[0]))
-    if not ids:
+    if ids is None or not len(ids):
         return
-    rows = set(texts.drop_null().to_pylist())
-    partners = sum(sample in rows for sample in set(ids))
-    if rows:
-        refuse_mismatch(where, id_col, partners, (len(rows), len(ids)), (min(rows), ids[0]))
+    samples = pa.array(ids, pa.large_string())
+    rows = pc.unique(texts.drop_null()).cast(samples.type)
+    partners = pc.sum(pc.is_in(rows, samples), min_count=0).as_py()
+    if len(rows):
+        refuse_mismatch(where, id_col, partners, (len(rows), len(samples)), (pc.min(rows).as_py(), samples[0].as_py()))
 
 
 def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, int], examples: tuple[str, str]) -> None:
     """Refuse a shard whose rows and samples hardly have an id in common.
 
-    :param partners: ids that both sides have.
-    :param counts: rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
-        crawl's metadata lists images that were never fetched.
-    :param examples: an id of a row and one of a sample.
-    :raises InputError: over 99 % of the smaller side has no partner.
+    Args:
+        where: How the message names the metadata.
+        id_col: The column with the ids.
+        partners: How many ids both sides have.
+        counts: Rows and samples. The smaller side is what counts: metadata may cover a part of the images, and a
+            crawl's metadata lists images that were never fetched.
+        examples: An id of a row and one of a sample.
+
+    Raises:
+        InputError: Over 99 % of the smaller side has no partner.
     """
     if not min(counts) or 1 - partners / min(counts) <= MISMATCH_REFUSED:
         return
@@ -93,41 +120,77 @@ def refuse_mismatch(where: str, id_col: str, partners: int, counts: tuple[int, i
 
 
 def no_rows(where: str) -> InputError:
-    """What is said of metadata that describes nothing."""
+    """Return what is said of metadata that describes nothing."""
     return InputError(f"{where}: no rows; replace it, or take it away and the samples' json is the metadata")
 
 
 def repeated_id(where: str, value: Any, row: int) -> InputError:
-    """What is said of an id that is there twice."""
+    """Return what is said of an id that is there twice."""
     return InputError(
         f"{where}: id {value!r} is there twice, again in row {row}; ids must be unique in a shard "
         "(--repeated-ids quarantine joins the first such row and lists the others)"
     )
 
 
-def read_ids(shard: Shard, id_col: str) -> pa.ChunkedArray:
-    """The id of every metadata row as text; nulls stay null."""
-    if shard.metadata is None:
-        return canonical_ids(json_metadata(shard, id_col).column(id_col))
-    with open_metadata(shard, id_col) as parquet:
-        return canonical_ids(parquet.read([id_col]).column(id_col))  # it also reads a column called "id_col.other"
+@dataclass(frozen=True)
+class MetadataRows:
+    """A shard's metadata in plain types (see `tasks.dataset.column_types`), read a few rows at a time.
+
+    Attributes:
+        schema: All its columns, and the notes of the file.
+        read: Given the names of columns, and how many rows at most, yields tables of them one after the other.
+    """
+
+    schema: pa.Schema
+    read: Callable[[Sequence[str], int], Iterator[pa.Table]]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of all rows."""
+        tables = list(self.read([name], ROWS_OF_A_COLUMN))
+        return pa.chunked_array([chunk for table in tables for chunk in table.column(0).chunks], self.type_of(name))
+
+    def type_of(self, name: str) -> pa.DataType:
+        """Return the type of a column."""
+        return self.schema.field(name).type
 
 
-def read_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """A shard's metadata as it is, in plain types; see `tasks.dataset.column_types`.
+@contextmanager
+def open_rows(shard: Shard, id_col: str) -> Iterator[MetadataRows]:
+    """Open a shard's metadata. Without a Parquet beside the tar, its rows are the samples' json members.
 
-    Without a Parquet beside the tar, its rows are the samples' json members.
+    Raises:
+        InputError: It is not readable as Parquet, now or when rows are read, or has no id column.
     """
     if shard.metadata is None:
-        return json_metadata(shard, id_col)
+        table = json_metadata(shard, id_col)
+        yield MetadataRows(table.schema, lambda names, size: _slices(table.select(names), size))
+        return
+    where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
-        # Not all at once: Arrow cannot read dictionaries inside lists or structs across row groups.
-        groups = [parquet.read_row_group(group) for group in range(parquet.num_row_groups)]
-        return plain_table(pa.concat_tables(groups) if groups else parquet.read())
+        yield MetadataRows(
+            plain_schema(parquet.schema_arrow), lambda names, size: _batches(parquet, list(names), size, where)
+        )
+
+
+def _slices(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    return (table.slice(start, size) for start in range(0, len(table), size))
+
+
+def _batches(parquet: pq.ParquetFile, names: list[str], size: int, where: str) -> Iterator[pa.Table]:
+    """Yield some columns of a Parquet file, `size` rows or the rest of a row group at a time."""
+    for group in range(parquet.num_row_groups):  # not all: Arrow reads no dictionaries inside lists across row groups
+        with _unreadable(where):
+            batches = parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
+        while True:
+            with _unreadable(where):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield plain_table(pa.Table.from_batches([batch]).select(names))
 
 
 def json_metadata(shard: Shard, id_col: str) -> pa.Table:
-    """One row a sample from its json member, with every key of any of them as a column, the id first."""
+    """Return one row per sample from its json member, with every key of any of them as a column, the id first."""
     with shard.source.local_copy(shard.tar) as path:
         opened = open_shard(path, id_col, key_dot=shard.key_dot)
         rows = [
@@ -140,12 +203,12 @@ def json_metadata(shard: Shard, id_col: str) -> pa.Table:
 
 
 def with_id(row: dict[str, Any], id_col: str, sample_id: str) -> dict[str, Any]:
-    """A json object whose id column is what the sample goes by, also where it was missing or null."""
+    """Return a json object whose id column is what the sample goes by, also where it was missing or null."""
     return row if row.get(id_col) is not None else {**row, id_col: sample_id}
 
 
 def json_column(values: list[Any]) -> pa.Array:
-    """Json values as a column; as text where they are not of one type, text staying as it is."""
+    """Return json values as a column; as text where they are not of one type, text staying as it is."""
     try:
         column = pa.array(values)
         same = not has_empty_struct(column.type)
@@ -158,7 +221,7 @@ def json_column(values: list[Any]) -> pa.Array:
 
 
 def has_empty_struct(kind: pa.DataType) -> bool:
-    """Whether a type holds the json object `{}`, which Parquet cannot write."""
+    """Return whether a type holds the json object `{}`, which Parquet cannot write."""
     if pa.types.is_struct(kind) and not kind.num_fields:
         return True
     return any(has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
@@ -167,22 +230,22 @@ def has_empty_struct(kind: pa.DataType) -> bool:
 # --- columns that can be carried through ------------------------------------------------------------------------------
 
 
-def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
+def usable_schema(shard: Shard, id_col: str, columns: Collection[str]) -> pa.Schema:
     """Return the schema of the Parquet beside a shard's tar, in plain types, from its footer.
 
     Args:
         shard: It has such a Parquet.
         id_col: The column with the ids.
-        column: The embedding column that is to come.
+        columns: The names of the layers' columns that are to come.
 
     Raises:
         InputError: The file does not open or lacks the id column, two columns have one name, a column of the user's
-            own has the embedding column's name, or a column's type cannot be written.
+            own has the name of one to come, or a column's type cannot be written.
     """
     where = f"{shard.dataset}/{shard.metadata}"
     with open_metadata(shard, id_col) as parquet:
         schema = parquet.schema_arrow
-    check_columns(schema, where, column)
+    check_columns(schema, where, columns)
     for field in schema:
         if why := refused_by_arrow(field):
             raise InputError(
@@ -192,8 +255,13 @@ def usable_schema(shard: Shard, id_col: str, column: str) -> pa.Schema:
     return plain_schema(schema.remove_metadata())
 
 
-def check_columns(schema: pa.Schema, where: str, column: str) -> None:
-    """Refuse columns that would be lost: of two that have one name, and one that has the embedding column's.
+def check_columns(schema: pa.Schema, where: str, columns: Collection[str]) -> None:
+    """Refuse columns that would be lost: of two that have one name, and one that has the name of a layer's column.
+
+    Args:
+        schema: Of the user's metadata.
+        where: How messages name it.
+        columns: The names of the layers' columns.
 
     Raises:
         InputError: There is such a column, and no record in the footer that this program wrote it.
@@ -201,15 +269,15 @@ def check_columns(schema: pa.Schema, where: str, column: str) -> None:
     for name, count in Counter(schema.names).items():
         if count > 1:
             raise InputError(f"{where}: {count} columns are called {name!r}; rename all but one")
-    if column in schema.names and column not in columns_made(schema):
+    for name in sorted(set(columns).intersection(schema.names).difference(columns_made(schema))):
         raise InputError(
-            f"{where}: has a column {column!r} that shard-embed did not write, and would replace; "
+            f"{where}: has a column {name!r} that shard-embed did not write, and would replace; "
             "give another --image-embedding-column, or rename it"
         )
 
 
-def check_json_members(shard: Shard, id_col: str, column: str) -> None:
-    """Refuse a tar whose first json member has the embedding column's name as a key.
+def check_json_members(shard: Shard, id_col: str, columns: Collection[str]) -> None:
+    """Refuse a tar whose first json member has the name of a layer's column as a key.
 
     Raises:
         InputError: It has; the column would be lost in the merge.
@@ -218,7 +286,7 @@ def check_json_members(shard: Shard, id_col: str, column: str) -> None:
         opened = open_shard(path, id_col)
         rows = (sample_json(sample, opened.data) for sample in opened.index.samples)
         names = list(next((row for row in rows if row), {}))
-    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), column)
+    check_columns(pa.schema([(printable(name), pa.null()) for name in names]), json_members(shard), columns)
 
 
 def json_members(shard: Shard) -> str:
@@ -229,25 +297,32 @@ def json_members(shard: Shard) -> str:
 # --- one schema -------------------------------------------------------------------------------------------------------
 
 
-def unified_schema(shards: Sequence[Shard], id_col: str, column: str, held: pa.Schema | None = None) -> pa.Schema:
-    """The schema that the metadata of all these shards has in common, from the footers of their Parquets.
+def unified_schema(
+    shards: Sequence[Shard], id_col: str, columns: Collection[str], held: pa.Schema | None = None
+) -> pa.Schema:
+    """Return the schema that the metadata of all these shards has in common, from the footers of their Parquets.
 
     A column that some lack is null there; an int that is a float elsewhere is a float; ids of several types are text.
 
-    :param column: the embedding column, which is none of the metadata.
-    :param held: the schema of what is merged already and stays.
-    :raises InputError: a column's types cannot be one, or a Parquet does not open or lacks the id column.
+    Args:
+        shards: Those without a Parquet count for nothing.
+        id_col: The column with the ids.
+        columns: The names of the layers' columns, which are none of the metadata.
+        held: The schema of what is merged already and stays.
+
+    Raises:
+        InputError: A column's types cannot be one, or a Parquet does not open or lacks the id column.
     """
 
     def schema_of(shard: Shard) -> pa.Schema:
-        return usable_schema(shard, id_col, column)
+        return usable_schema(shard, id_col, columns)
 
     described = [shard for shard in shards if shard.metadata is not None]
     distinct: dict[str, tuple[pa.Schema, str]] = {}
     if held is not None:
         distinct[str(held)] = held, "what is merged already"
     for shard, schema in zip(described, in_bulk(schema_of, described), strict=True):
-        schema = pa.schema([field for field in schema if field.name != column])
+        schema = pa.schema([field for field in schema if field.name not in columns])
         distinct.setdefault(str(schema), (schema, f"{shard.dataset}/{shard.metadata}"))
     if not distinct:
         return pa.schema([])
@@ -263,7 +338,7 @@ def unified_schema(shards: Sequence[Shard], id_col: str, column: str, held: pa.S
 
 
 def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str) -> pa.Field:
-    """One field that holds the values of two."""
+    """Return one field that holds the values of two."""
     if one.type == other.type:
         return one
     if one.name == id_col and not (pa.types.is_integer(one.type) and pa.types.is_integer(other.type)):
@@ -278,9 +353,10 @@ def _united(one: pa.Field, first: str, other: pa.Field, where: str, id_col: str)
 
 
 def conform(table: pa.Table, schema: pa.Schema, id_col: str) -> pa.Table:
-    """A shard's metadata in the schema of the dataset.
+    """Return a shard's metadata in the schema of the dataset.
 
-    :raises InputError: a value does not fit the column's type, or the file has changed since the schema was made.
+    Raises:
+        InputError: A value does not fit the column's type, or the file has changed since the schema was made.
     """
     if table.schema.equals(schema):
         return table

@@ -1,4 +1,4 @@
-"""The vectors of an output that are nearest to another: exact, streamed a row group at a time."""
+"""Find the vectors of an output that are nearest to a query, by exact search over one row group at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from embedders.errors import InputError
 from tasks.dataset.ids import canonical_ids
-from tasks.records import embedding_record
+from tasks.records import layer_record
 from tasks.storage.folder import Folder
 
 
@@ -29,61 +29,85 @@ class Found:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The shard and the id."""
+        """Return the shard and the id."""
         return self.shard, self.id
 
 
-def find_vector(output: Folder, sample_id: str) -> np.ndarray:
-    """The vector of a sample, (dimensions,) float32; the first one where several shards have the id.
+def find_vector(output: Folder, layer: str, sample_id: str) -> np.ndarray:
+    """Return the vector of a sample.
 
-    :raises InputError: no shard has it.
+    Args:
+        output: The output's folder.
+        layer: The layer that holds the vectors.
+        sample_id: The sample's id. If several shards have it, the first counts.
+
+    Returns:
+        (dimensions,) float32.
+
+    Raises:
+        InputError: No shard has it.
     """
-    for _, parquet in _files(output):
+    for _, parquet in _files(output, layer):
         for group in range(parquet.num_row_groups):
             ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
             if sample_id in ids:
-                return _matrix(parquet, group)[ids.index(sample_id)]
+                return _matrix(parquet, layer, group)[ids.index(sample_id)]
     raise InputError(f"{output.url}: no embedded sample has the id {sample_id!r}; quarantined ones have no vector")
 
 
-def nearest(output: Folder, query: np.ndarray, count: int, embedder: str | None = None) -> list[Found]:
-    """The samples whose vectors have the highest cosine to a query, the best first; all vectors are read once.
+def nearest(output: Folder, layer: str, query: np.ndarray, count: int, recipe: str | None = None) -> list[Found]:
+    """Find the samples whose vectors have the highest cosines to a query; read all vectors once.
 
-    :param query: (dimensions,) float32.
-    :param embedder: digest of the embedder's fingerprint that gave the query.
-    :raises InputError: vectors of another embedder or of other dimensions, or none at all.
+    Args:
+        output: The output's folder.
+        layer: The layer that holds the vectors.
+        query: (dimensions,) float32.
+        count: How many samples to return.
+        recipe: Digest of the fingerprint of the recipe that made the query; None to compare none.
+
+    Returns:
+        The samples, with the most similar first.
+
+    Raises:
+        InputError: The vectors are of another recipe or have other dimensions, or there are none.
+
+    Example:
+        >>> nearest(Folder("out"), "image_embedding", query, 2)
+        [Found(score=0.93, shard='00001', id='000000071'), Found(score=0.91, shard='00003', id='000000199')]
     """
     best: list[Found] = []
     unit = query / max(float(np.linalg.norm(query)), 1e-30)
-    for shard, parquet in _files(output):
-        record = embedding_record(parquet.metadata)
-        if embedder is not None and (record is None or record.embedder != embedder):
-            raise InputError(f"{output.url}/embeddings/{shard}.parquet: by another embedder; run flows.embed again")
+    for shard, parquet in _files(output, layer):
+        record = layer_record(parquet.metadata)
+        if recipe is not None and (record is None or record.recipe != recipe):
+            raise InputError(f"{output.url}/layers/{layer}/{shard}.parquet: made by another model; rerun flows.embed")
         for group in range(parquet.num_row_groups):
-            vectors = _matrix(parquet, group)
+            vectors = _matrix(parquet, layer, group)
             if not vectors.size:
                 continue
             if vectors.shape[1] != len(unit):
-                raise InputError(f"{output.url}: vectors of {vectors.shape[1]} dimensions, the query has {len(unit)}")
+                raise InputError(
+                    f"{output.url}: its vectors have {vectors.shape[1]} dimensions, the query has {len(unit)}"
+                )
             scores, rows = _top(vectors, unit, count)
             ids = parquet.read_row_group(group, columns=["id"], use_threads=False).column(0).to_pylist()
             found = [Found(score, shard, ids[row]) for score, row in zip(scores, rows, strict=True)]
             best = heapq.nlargest(count, [*best, *found])
     if not best:
-        raise InputError(f"{output.url}: no embeddings in it; give the --output of a run of flows.embed")
+        raise InputError(f"{output.url}: holds no embeddings; give the --output of a run of flows.embed")
     return best
 
 
 def read_rows(folders: Sequence[Folder], found: Sequence[Found], id_col: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read the metadata of samples that were found: the user's own columns.
+    """Read the user's own metadata columns of the samples that were found.
 
     Args:
-        folders: Where a shard's metadata may be, as SHARD.parquet; the first one that has it counts.
+        folders: Where SHARD.parquet may be. The first folder that has it counts.
         found: The samples.
-        id_col: The id's column, which is left out of the rows, as are nested and binary columns.
+        id_col: Name of the id's column. It is left out of the rows, like nested and binary columns.
 
     Returns:
-        The values by column, by shard and id; nothing for a sample without a metadata row.
+        The values by column, by shard and id. A sample without a metadata row has no entry.
     """
     wanted: dict[str, list[str]] = defaultdict(list)
     for one in found:
@@ -99,7 +123,7 @@ def read_rows(folders: Sequence[Folder], found: Sequence[Found], id_col: str) ->
 
 
 def _rows(parquet: pq.ParquetFile, ids: Sequence[str], id_col: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows with some ids, and their ids as text."""
+    """Yield the rows that have one of some ids, with the id as text."""
     schema = parquet.schema_arrow
     if id_col not in schema.names:
         return
@@ -109,17 +133,18 @@ def _rows(parquet: pq.ParquetFile, ids: Sequence[str], id_col: str) -> Iterator[
         at = np.flatnonzero(pc.is_in(texts, pa.array(ids, pa.string())).to_numpy())
         if len(at):
             table = parquet.read_row_group(group, columns=names, use_threads=False).take(at)
-            yield from zip(texts.take(pa.array(at)).to_pylist(), table.to_pylist() or [{}] * len(at), strict=True)
+            values = table.to_pylist() or [{}] * len(at)
+            yield from zip(texts.take(pa.array(at)).to_pylist(), values, strict=True)
 
 
 def _is_shown(kind: pa.DataType) -> bool:
-    """Whether a value can stand in a line."""
+    """Return whether values of a type fit in a line of text."""
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     return not pa.types.is_nested(kind) and not any(test(kind) for test in binary)
 
 
 def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float], list[int]]:
-    """The highest cosines of rows to a unit vector and their row numbers."""
+    """Return the highest cosines of some vectors to a unit vector, and their row numbers."""
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     count = min(count, len(vectors))
     try:
@@ -132,16 +157,16 @@ def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float]
     return found[0].tolist(), numbers[0].tolist()
 
 
-def _files(output: Folder) -> Iterator[tuple[str, pq.ParquetFile]]:
-    """The embeddings file of each shard, open."""
-    folder = Folder(f"{output.url.rstrip('/')}/embeddings")
+def _files(output: Folder, layer: str) -> Iterator[tuple[str, pq.ParquetFile]]:
+    """Yield the name of each shard and its opened embeddings file."""
+    folder = Folder(output.place(f"layers/{layer}"))
     for file in folder.list(".parquet"):
         with folder.open(file.name) as opened:
             yield file.name.removesuffix(".parquet"), pq.ParquetFile(opened, pre_buffer=False)
 
 
-def _matrix(parquet: pq.ParquetFile, group: int) -> np.ndarray:
-    """The vectors of a row group, (rows, dimensions) float32."""
-    column = parquet.read_row_group(group, columns=[parquet.schema_arrow.names[1]], use_threads=False).column(0)
+def _matrix(parquet: pq.ParquetFile, layer: str, group: int) -> np.ndarray:
+    """Return the vectors of a row group, (rows, dimensions) float32."""
+    column = parquet.read_row_group(group, columns=[layer], use_threads=False).column(0)
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(values, np.float32).reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

@@ -1,4 +1,4 @@
-"""Tars on the local disk, in the order of their shards: those of a store are downloaded ahead of who needs them."""
+"""Download the tars of a store ahead of their use, in the order of their shards. Local tars stay where they are."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from tasks.shards import Shard, check_unchanged
 from tasks.storage.temporary_space import scratch
 
 SPACE = 8 << 30
-"""Bytes on a worker's disk that tars of a store take by default."""
+"""Bytes that downloaded tars may take on a worker's disk by default."""
 
 DOWNLOADS = 4
 """Tars downloaded at once."""
 
 STREAMS = 16
-"""Requests at once: a store gives each some 50 to 100 MB/s, a GPU wants over 1 GB/s."""
+"""Requests at once. A store serves each at some 50 to 100 MB/s, and a GPU needs over 1 GB/s."""
 
 POLL_SECONDS = 1.0
-"""How often it is looked whether a download gets on."""
+"""Seconds between two looks at the progress of a download."""
 
 PART = 8 << 20
-"""Bytes of a request. `STREAMS` of them are in memory at once."""
+"""Bytes per request. Up to `STREAMS` of them are in memory at once."""
 
 
 class _Room:
-    """Bytes that the tars of this process take; a worker runs several tasks at a time."""
+    """Count the bytes that tars take on disk, over all tasks of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.taken = 0
 
     def take(self, size: int, space: float) -> bool:
-        """Take room, unless more than `space` would be taken then."""
+        """Reserve `size` bytes unless that would make more than `space`; return whether it did."""
         with self._lock:
             fits = self.taken + size <= space
             self.taken += size if fits else 0
             return fits
 
     def give_back(self, size: int) -> None:
+        """Release reserved bytes."""
         with self._lock:
             self.taken -= size
 
@@ -57,7 +58,7 @@ _room = _Room()
 
 @dataclass(frozen=True)
 class StagedTar:
-    """A tar on its way to the local disk. Whoever took it from the stage releases it."""
+    """A tar that is, or soon will be, on the local disk. Whoever takes it from the stage must release it."""
 
     shard: Shard
     place: str
@@ -65,11 +66,14 @@ class StagedTar:
     stage: Stage
 
     def path(self, got_on: Callable[[], None] = lambda: None) -> str:
-        """Its path, once it is there, whole and verified.
+        """Wait until the tar is complete and verified, and return its path.
 
-        :param got_on: called now and then while bytes of it arrive.
-        :raises OSError: the store did not give it, or the disk is full.
-        :raises ShardReplaced: it is no longer the tar that the run was planned for.
+        Args:
+            got_on: Called from time to time while bytes arrive.
+
+        Raises:
+            OSError: The download failed, or the disk is full.
+            ShardReplaced: It is no longer the tar that the run was planned for.
         """
         arrived = 0
         while wait([self.coming], POLL_SECONDS).not_done:
@@ -79,19 +83,25 @@ class StagedTar:
         return self.coming.result()
 
     def release(self) -> None:
-        """Remove a downloaded tar, which makes room for the next."""
+        """Remove a downloaded tar, to make room for the next one."""
         self.stage.release(self)
 
 
 class Stage:
-    """The tars of a sequence of shards, as an iterator that downloads ahead within a bound.
+    """Iterate over the tars of a sequence of shards; download ahead within a limit of disk space.
 
-    What is downloaded ahead and what is not yet released, by all stages of the process, takes at most `space` bytes,
-    with one exception: a tar that is asked for is fetched in any case, since who asks may need it to be done with the
-    ones before.
+    All tars of the process that are not yet released take at most `space` bytes, with one exception: a tar that is
+    asked for is downloaded in any case, because the caller may need it to finish the ones before.
+
+    Example:
+        >>> with Stage(shards) as stage:
+        ...     for tar in stage:
+        ...         read(tar.path())
+        ...         tar.release()
     """
 
     def __init__(self, shards: Iterable[Shard], space: int = SPACE) -> None:
+        """Take the shards in their order, and the bytes that tars may take on disk."""
         self._shards = iter(shards)
         self._space = space
         self._next: Shard | None = None
@@ -111,7 +121,7 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop what is on its way and remove what is there."""
+        """Stop all downloads and remove the downloaded tars."""
         self._stopped.set()
         for executor in (self._downloads, self._streams):
             executor.shutdown(cancel_futures=True)
@@ -136,10 +146,10 @@ class Stage:
             return tar
 
     def release(self, tar: StagedTar) -> None:
-        """Remove a tar that was downloaded, and go on with what waits for its room."""
+        """Remove a downloaded tar, and start the downloads that wait for its room."""
         if tar.shard.source.is_local:
             return
-        with contextlib.suppress(OSError):  # one that failed removed itself
+        with contextlib.suppress(OSError):  # a failed download has removed its file
             os.unlink(tar.place)
         with self._lock:
             if self._stopped.is_set():
@@ -154,14 +164,14 @@ class Stage:
         return self._next
 
     def _fill(self) -> None:
-        """Start the downloads there is room for."""
+        """Start as many downloads as there is room for."""
         while not self._stopped.is_set() and len(self._staged) < 2 * DOWNLOADS:
             shard = self._peek()
             if shard is None or not self._start(shard, self._space):
                 return
 
     def _start(self, shard: Shard, space: float) -> bool:
-        """Start the download of the next shard, if there is room for it."""
+        """Start the download of the next shard if there is room for it; return whether it did."""
         coming: Future[str]
         if shard.source.is_local:
             place, coming = shard.source.path(shard.tar), Future()
@@ -188,13 +198,13 @@ class Stage:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                place = f"{os.path.dirname(folder)} is full; set TMPDIR to a larger disk or give less --staging-space"
-                raise OSError(errno.ENOSPC, f"{shard.tar}: {place}") from error
+                full = f"{os.path.dirname(folder)} is full; set TMPDIR to a larger disk or give less --staging-space"
+                raise OSError(errno.ENOSPC, f"{shard.tar}: {full}") from error
             raise
         return path
 
     def _fetch(self, shard: Shard, path: str) -> None:
-        """Write a tar's bytes to a path, by many requests at once where the store's client allows it."""
+        """Download a tar to a path, with many requests at once if the store's client can."""
         source = shard.source
         if not source.reads_ranges:
             source.download(shard.tar, path)
@@ -207,7 +217,9 @@ class Stage:
                     stop = min(start + PART, shard.tar_bytes)
                     data = source.read_range(shard.tar, start, stop)
                     if len(data) != stop - start:
-                        raise OSError(f"{shard.tar}: {len(data):,} bytes came of {stop - start:,} at {start:,}")
+                        raise OSError(
+                            f"{shard.tar}: only {len(data):,} of {stop - start:,} bytes arrived at offset {start:,}"
+                        )
                     _write_at(file.fileno(), data, start)
 
             parts = [self._streams.submit(part, start) for start in range(0, shard.tar_bytes, PART)]
@@ -215,13 +227,13 @@ class Stage:
                 for done in parts:
                     done.result()
             finally:
-                for waiting in parts:  # the file is closed only when nobody writes to it
+                for waiting in parts:  # close the file only after the last write
                     if not waiting.cancel():
                         waiting.exception()
 
 
 def _bytes_on_disk(path: str) -> int:
-    """Return the bytes of a file that were written so far, whatever size it was given before."""
+    """Return how many bytes of a file are on the disk, whatever its size says."""
     try:
         return os.stat(path).st_blocks * 512
     except OSError:
@@ -229,7 +241,7 @@ def _bytes_on_disk(path: str) -> int:
 
 
 def _write_at(handle: int, data: bytes, at: int) -> None:
-    """Write all of it: a system call may write less."""
+    """Write all bytes at an offset; one system call may write fewer."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view, at)
@@ -237,8 +249,13 @@ def _write_at(handle: int, data: bytes, at: int) -> None:
 
 
 def _verify(shard: Shard, path: str) -> None:
-    """Prove that a downloaded tar is whole, and still what the store holds and the run was planned for."""
+    """Prove that a downloaded tar is complete, and still the one that the run was planned for.
+
+    Raises:
+        OSError: Bytes are missing.
+        ShardReplaced: The store has another tar by now.
+    """
     check_unchanged(shard)
     size = os.path.getsize(path)
     if size != shard.tar_bytes:
-        raise OSError(f"{shard.dataset}/{shard.tar}: {size:,} bytes came of {shard.tar_bytes:,}")
+        raise OSError(f"{shard.dataset}/{shard.tar}: only {size:,} of {shard.tar_bytes:,} bytes arrived")

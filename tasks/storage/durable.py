@@ -1,4 +1,4 @@
-"""What outlasts a power cut: files and folders that are on the disk before they take their names."""
+"""Write files and folders that survive a power cut: they are on the disk before they take their names."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR})
-"""What file systems answer that cannot sync a folder."""
-
-
-# --- what outlasts a power cut ----------------------------------------------------------------------------------------
+"""Errors of file systems that cannot sync a folder."""
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file or folder its name, so that a power cut leaves either the old content or the new.
 
-    The content reaches the disk before the name does: a name without content would be a file that is neither.
+    The content reaches the disk before the name does.
 
     Args:
         temporary: What was written, beside `path`.
-        path: The name it takes; a file of that name is replaced.
+        path: The name it takes. A file of that name is replaced.
 
     Raises:
-        OSError: The disk did not take it; what had the name before still has it.
+        OSError: The disk did not accept it. A former file of that name is unchanged.
     """
     for written in (temporary, *temporary.rglob("*")) if temporary.is_dir() else (temporary,):
         _sync(written)
@@ -35,7 +32,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each of which outlasts a power cut."""
+    """Create a folder and those above it, all of which survive a power cut."""
     if folder.is_dir():
         return
     made = [one for one in (folder, *folder.parents) if not one.exists()]
@@ -50,7 +47,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (path.is_dir() and error.errno in NOT_SUPPORTED):  # some network file systems sync files only
+        if not (path.is_dir() and error.errno in NOT_SUPPORTED):  # some network file systems sync only files
             raise
     finally:
         os.close(handle)
@@ -58,7 +55,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def being_written(temporary: Path) -> Iterator[None]:
-    """Hold a lock on a file while it is written. The kernel lets go of it when the process dies."""
+    """Create a file and lock it within the block. The kernel releases the lock if the process dies."""
     with temporary.open("xb") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -66,11 +63,12 @@ def being_written(temporary: Path) -> Iterator[None]:
 
 
 def is_being_written(temporary: Path) -> bool:
+    """Return whether a process holds the lock of `being_written` on a file."""
     try:
         with temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # gone meanwhile, or a file system without locks
+    except OSError:  # the file is gone by now, or the file system has no locks
         return False
     return False

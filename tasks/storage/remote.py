@@ -1,4 +1,4 @@
-"""What stores have in common: the packages that reach them, how their errors are told, secrets in their URLs."""
+"""What remote stores have in common: packages that access them, errors of their clients, secrets in their URLs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embedders.errors import one_line
 
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 CLIENTS = frozenset({"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub"})
-"""Packages that talk to stores, whose errors are not all OSErrors."""
+"""Packages whose errors are not all OSErrors."""
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 PACKAGES |= {"abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "smb": "smbprotocol"}
@@ -18,10 +18,15 @@ _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|sig|secret|password|credential|
 
 
 def as_os_error(error: Exception) -> Exception:
-    """Return the OSError that a store client's error stands for, with that as its cause.
+    """Return the OSError that an error of a store's client stands for.
 
-    What is an OSError already, or no store's error, comes back as it is: never raise it `from` itself, since an error
-    that is its own cause keeps every frame it went through.
+    Args:
+        error: Any exception.
+
+    Returns:
+        A PermissionError, a FileNotFoundError or an OSError with the client's error as its cause; or the error itself
+        if it is an OSError already or not a store's. Never raise that `from` itself: an error that is its own cause
+        keeps every frame it went through.
     """
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _package(cause) == "aiohttp":
@@ -36,40 +41,40 @@ def as_os_error(error: Exception) -> Exception:
         kind = PermissionError
     if names & {"ParamValidationError", "RepositoryNotFoundError", "EntryNotFoundError"} or status in {404, 410}:
         kind = FileNotFoundError
-    told = kind(text)
-    told.__cause__ = error
-    return told
+    os_error = kind(text)
+    os_error.__cause__ = error
+    return os_error
 
 
 def _package(error: BaseException) -> str:
-    """The store's client that an error's class, or one of its bases, comes from; "" if none."""
+    """Return the package of a store's client that an error's class, or a base of it, comes from; "" if none."""
     packages = (base.__module__.partition(".")[0] for base in type(error).__mro__)
     return next((package for package in packages if package in CLIENTS), "")
 
 
 def missing_package(protocol: str, error: ImportError) -> str:
-    """What to install for a kind of store."""
+    """Return what to install to access a kind of store, or the error's own text if that is unknown."""
     package = PACKAGES.get(protocol)
     return f"{protocol}:// needs a package: pip install {package}" if package else one_line(error)
 
 
 def beyond_the_end(error: OSError) -> bool:
-    """Whether a store refuses a range because the file is empty."""
+    """Return whether a store refused a range because the file is empty."""
     return error.errno == errno.EINVAL and "range" in str(error).lower()
 
 
 def way_out(protocol: str, error: OSError) -> str:
-    """What a person can do about an error of a store."""
+    """Return what the user can do about an error of a store."""
     if isinstance(error, PermissionError):
         where = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if protocol == "s3" else "the credentials"
-        return f"check {where}, and that they may read and write there"
+        return f"check {where}, and that they allow reading and writing"
     if isinstance(error, FileNotFoundError):
-        return "check the name; a bucket is not made here"
+        return "check the name; create the bucket if it does not exist"
     return "check the address (AWS_ENDPOINT_URL) and the network" if protocol == "s3" else "check the address"
 
 
 def has_secret(url: str) -> bool:
-    """Whether a URL holds a password, an access key or a token."""
+    """Return whether a URL holds a password, an access key or a token."""
     for link in url.split("::"):
         protocol, separator, rest = link.partition("://")
         if not separator:
@@ -87,6 +92,11 @@ def has_secret(url: str) -> bool:
 
 
 def redacted(url: str) -> str:
-    """A URL without what may be secret: its host, if that much can be told, and nothing of its query."""
+    """Return a URL without its possible secrets: scheme, host and path, but no user and no query.
+
+    Example:
+        >>> redacted("s3://KEY:SECRET@host/bucket?token=abc")
+        's3://***@host/bucket'
+    """
     protocol, _, rest = url.rpartition("::")[2].partition("://")
     return f"{protocol}://***@{rest.rpartition('@')[2]}".partition("?")[0]

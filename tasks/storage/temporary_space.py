@@ -1,7 +1,7 @@
-"""Room on the local disk for what only passes through: tars of a store, and files on their way to one.
+"""Temporary folders on the local disk, for tars downloaded from a store and files to upload to one.
 
-The folder lies where anybody may write, so nothing about it is taken on trust: it must be a folder of this user's and
-no link, and of what lies in it only what carries our mark is ever removed.
+Anybody may write to the folder above them, so nothing there is trusted: ours must be a folder of this user and no
+link, and only folders that carry our mark are ever removed from it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import tempfile
 from collections.abc import Iterator
 
 MARK = ".shard-embed-scratch"
-"""A file in each folder made here. Its lock is held as long as the folder's process lives."""
+"""A file in each folder made here. The folder's process holds a lock on it for as long as it lives."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
-    """Make a folder of this process below TMPDIR, which goes when the block ends.
+    """Create a folder of this process below TMPDIR, and remove it after the block.
 
-    Those of processes that were killed go too: a folder in use has its mark locked, and the system takes a lock back
-    with its process.
+    This also removes the folders of killed processes: a folder in use has its mark locked, and the kernel releases the
+    lock when the process dies.
 
     Raises:
-        PermissionError: The place is a link, no folder, or another user's.
+        PermissionError: Our folder below TMPDIR is a link, no folder, or another user's.
         OSError: The disk is full.
     """
     root = os.path.join(tempfile.gettempdir(), f"shard-embed-{os.getuid()}")
@@ -46,7 +46,7 @@ def scratch() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _own_folder(path: str) -> Iterator[int]:
-    """Open and lock a folder that only this user can write to; make it if it is missing."""
+    """Open and lock a folder that only this user can write to; create it if it is missing."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     try:
@@ -75,10 +75,10 @@ def _remove_leftovers(root: int) -> None:
             if not _is_own_file(mark):
                 continue
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(name, ignore_errors=True, dir_fd=root)  # follows no link, below the folder either
+            shutil.rmtree(name, ignore_errors=True, dir_fd=root)  # follows no link, not even below the folder
 
 
 def _is_own_file(handle: int) -> bool:
-    """Whether an open file is an ordinary one of this user's."""
+    """Return whether an open file is an ordinary file of this user."""
     status = os.fstat(handle)
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()

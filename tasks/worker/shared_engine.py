@@ -12,15 +12,19 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, Engine
+from embedders.engine import EndOfShard, Engine, Rows
 from embedders.errors import drop_locals
-from embedders.fingerprint import of_value_or_type
+from embedders.fingerprint import digest, of_value_or_type
+from embedders.recipe import Recipe
+from embedders.session import Session
+from embedders.shared_loading import open_together
 from embedders.webdataset import OpenShard
-from tasks.keys import digest
 from tasks.worker.hang_detection import watch
 
 PATIENCE = 1.0
@@ -46,19 +50,54 @@ class _Fed:
     shards: int
 
 
-@dataclass(eq=False)
+RESULT_BYTES = 256 << 20
+"""Bytes of rows that wait for a task to write them, before the engine waits: a disk may be slow for a while."""
+
+
 class _Task:
     """A caller of `SharedEngine.embed`: what comes of its shards, and whether it has left."""
 
-    results: queue.Queue[EmbeddedShard | BaseException | _Fed] = field(default_factory=lambda: queue.Queue(2))
-    left: bool = False
+    def __init__(self) -> None:
+        self.left = False
+        self._results: deque[Result | BaseException | _Fed] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
 
-    def deliver(self, result: EmbeddedShard | BaseException | _Fed) -> None:
-        """Hand something over; wait while the caller is busy with what came before, as with a slow disk."""
-        while not self.left:
-            with contextlib.suppress(queue.Full):
-                self.results.put(result, timeout=0.1)
+    def deliver(self, result: Result | BaseException | _Fed) -> None:
+        """Hand something over; wait while the caller has too much of what came before, as with a slow disk."""
+        with self._changed:
+            while self._bytes >= RESULT_BYTES and not self.left:
+                self._changed.wait(0.1)
+            if self.left:  # nobody takes it
                 return
+            self._results.append(result)
+            self._bytes += _bytes_of(result)
+            self._changed.notify_all()
+
+    def next(self) -> Result | BaseException | _Fed:
+        """Wait for what comes next."""
+        with self._changed:
+            while not self._results:
+                self._changed.wait()
+            result = self._results.popleft()
+            self._bytes -= _bytes_of(result)
+            self._changed.notify_all()
+        return result
+
+    def leave(self) -> None:
+        """Want nothing more."""
+        with self._changed:
+            self.left = True
+            self._results.clear()
+            self._bytes = 0
+            self._changed.notify_all()
+
+
+Result = Rows | EndOfShard
+
+
+def _bytes_of(result: Result | BaseException | _Fed) -> int:
+    return result.nbytes if isinstance(result, Rows) else 0
 
 
 class SharedEngine:
@@ -76,13 +115,16 @@ class SharedEngine:
         engine = made.get()
         if isinstance(engine, BaseException):
             raise engine
-        self.embedder: ImageEmbedder = engine.embedder
+        self.sessions: tuple[Session, ...] = engine.sessions
 
-    def embed(self, shards: Iterable[OpenShard]) -> Iterator[EmbeddedShard]:
-        """Embed a stream of shards, which another thread takes one ahead. Each is yielded once it is done, in no
-        promised order.
+    def embed(self, shards: Iterable[OpenShard]) -> Iterator[Result]:
+        """Embed a stream of shards, which another thread takes one ahead.
 
-        :raises Exception: what `shards` or the engine raised. The engine is of no use after its own; see `failure`.
+        Yields:
+            Rows as they are computed, and the end of each shard, in no promised order of shards.
+
+        Raises:
+            Exception: What `shards` or the engine raised. The engine is of no use after its own; see `failure`.
         """
         task = _Task()
         feeder = threading.Thread(target=self._feed, args=(shards, task), name="open", daemon=True)
@@ -90,16 +132,16 @@ class SharedEngine:
         done, fed = 0, None
         try:
             while done != fed:
-                result = task.results.get()
+                result = task.next()
                 if isinstance(result, BaseException):
                     raise result
                 if isinstance(result, _Fed):
                     fed = result.shards
-                else:
-                    done += 1
-                    yield result
+                    continue
+                done += isinstance(result, EndOfShard)
+                yield result
         finally:
-            task.left = True
+            task.leave()
             feeder.join()
 
     def close(self) -> None:
@@ -107,6 +149,7 @@ class SharedEngine:
         if self.failure is None and self._thread.is_alive():  # one that failed ends by itself, whatever is in line
             self._line.put(None)
         self._thread.join()
+        self.sessions = ()  # an error that it failed with may keep this object for a while
         gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
         gc.collect()
 
@@ -162,8 +205,10 @@ class SharedEngine:
             return False
         owners: dict[int, _Task] = {}
         try:
-            for embedded in engine.embed(self._stream(first, owners), watch.batch):
-                owners.pop(id(embedded.shard)).deliver(embedded)
+            for result in engine.embed(self._stream(first, owners), watch.batch):
+                owners[id(result.shard)].deliver(result)
+                if isinstance(result, EndOfShard):
+                    del owners[id(result.shard)]
         except BaseException as error:
             drop_locals(error)
             self.failure = error
@@ -252,17 +297,19 @@ _changed = threading.Condition()
 
 
 @contextlib.contextmanager
-def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images: int = 0) -> Iterator[SharedEngine]:
-    """This process's engine for an embedder: made once, kept until another one is asked for and nobody uses it.
+def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> Iterator[SharedEngine]:
+    """Yield this process's engine for some recipes.
 
-    Tasks of runs with different embedders take turns.
+    It is made once, and kept until another one is asked for and nobody uses it. Tasks of runs with other recipes take
+    turns.
 
-    :param fingerprint: the digest of the embedder's fingerprint.
-    :param images: how many this worker will probably see in all; 0 if that is not known.
+    Args:
+        recipes: What is computed; recipes of one embedder share its session.
+        device: "cuda" or "cpu".
+        images: How many this worker will probably see in all; 0 if that is not known.
     """
-    # Every task brings a copy of its own: copies that would load the same model must have one name.
-    public = {k: of_value_or_type(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}
-    name = digest([fingerprint, public, device])
+    embedders = embedders_of(recipes)
+    name = digest([device, [[source, _settings(embedder)] for source, embedder in embedders.items()]])
     request = _Request(name)
     with _changed:
         _kept.waiting.append(request)
@@ -270,7 +317,8 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
             _changed.wait_for(lambda: _kept.serves(request))
             if _kept.name != name or not _kept.usable:
                 _kept.close()
-                _kept.engine, _kept.name = SharedEngine(lambda: _make(embedder, device, images)), name
+                _kept.engine = SharedEngine(lambda: Engine(open_together([*embedders.values()], device, images)))
+                _kept.name = name
         finally:
             _kept.waiting.remove(request)
             _changed.notify_all()
@@ -287,6 +335,11 @@ def shared_engine(embedder: ImageEmbedder, fingerprint: str, device: str, images
             _changed.notify_all()
 
 
-def _make(embedder: ImageEmbedder, device: str, images: int) -> Engine:
-    embedder.expect(images)
-    return Engine(embedder, device)
+def embedders_of(recipes: Sequence[Recipe]) -> dict[str, ImageEmbedder]:
+    """Return the embedders that compute some recipes, by their source, in the order of the recipes."""
+    return {recipe.source: recipe.embedder for recipe in recipes}
+
+
+def _settings(embedder: ImageEmbedder) -> dict[str, Any]:
+    """Return the public attributes: every task brings a copy of its own, and those alike must share one model."""
+    return {k: of_value_or_type(v) for k, v in vars(embedder).items() if not k.startswith("_") and k != "weights"}

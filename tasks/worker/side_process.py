@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
-from tasks.cluster import main_module_hidden
+from tasks.worker.spawn import main_module_hidden
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ TINY = {"model": {"model_name": "test_vit.r160_in1k", "pretrained": False}, "wor
 
 
 def written(output: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
+    return {path.name: path.stat().st_mtime_ns for path in (output / "layers/image_embedding").glob("*.parquet")}
 
 
 def test_a_run_is_watched_and_accounted_for(prefect: Prefect, demo_dataset: Path, tmp_path: Path) -> None:

@@ -90,8 +90,7 @@ def test_a_model_is_compiled_where_the_run_is_long_enough(
 
     monkeypatch.setattr(torch, "compile", noted)
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2)
-    embedder.expect(expected)
-    embedder.load_embedding_model("cpu")
+    embedder.open("cpu", images=expected)
     assert bool(asked) == compiles
 
 

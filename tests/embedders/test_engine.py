@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from embedders.base import ImageEmbedder
-from embedders.engine import EmbeddedShard, Engine
+from embedders.engine import Engine, Rows
 from embedders.errors import InputError
 from embedders.webdataset import OpenShard, open_shard
+from tests.layers import Embedded, run_engine
 
 Pairs = Iterator[tuple[Any, list[dict[str, Any]]]]
 
@@ -67,8 +68,8 @@ def shard_of(path: Path, members: dict[str, bytes], id_col: str = "key") -> Open
     return open_shard(path, id_col)
 
 
-def embed(embedder: ImageEmbedder, *shards: OpenShard) -> list[EmbeddedShard]:
-    return list(Engine(embedder, "cpu").embed(shards))
+def embed(embedder: ImageEmbedder, *shards: OpenShard) -> list[Embedded]:
+    return run_engine(embedder, shards)
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_an_embedder_may_embed_what_is_no_image_to_others(tmp_path: Path) -> Non
         assert (found.ids, found.quarantined) == (["a", "b", "c"], [])
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (3, 4, 1), ()])
+@pytest.mark.parametrize("shape", [(2,), (2, 4), (4, 3, 1), ()])
 def test_vectors_of_a_wrong_shape_are_refused(abc: OpenShard, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"for a batch of 3; load_embedding_model must return"):
         embed(Told([([1, 2, 3], "abc")], lambda b: torch.zeros(shape)), abc)
@@ -152,7 +153,7 @@ def test_a_model_that_returns_a_pair_is_refused(abc: OpenShard) -> None:
 
 
 def test_dimensions_must_not_change(abc: OpenShard) -> None:
-    with pytest.raises(ValueError, match="1 dimensions after 2"):
+    with pytest.raises(ValueError, match=r"of shape \(1,\) for 'image_embedding' after \(2,\)"):
         embed(Told([([1, 2], "ab"), ([3], "c")], lambda b: np.ones((len(b), len(b)))), abc)
 
 
@@ -248,3 +249,42 @@ def test_an_image_that_a_model_has_no_memory_for_says_so(abc: OpenShard) -> None
 
     with pytest.raises(MemoryError, match="more memory for a single image than there is"):
         embed(Told([(torch.zeros(3, 2), ["a", "b", "c"])], none_fits), abc)
+
+
+class Several(Told):
+    """Gives what it is told beside its vectors, batch after batch of one image."""
+
+    extra_columns = ("score",)
+
+    def __init__(self, *batches: dict[str, np.ndarray]) -> None:
+        given = iter(batches)
+        vectors = {"image_embedding": np.zeros((1, 2))}
+        super().__init__([(None, [key]) for key in "abc"], lambda images: vectors | next(given))
+
+
+ONE = np.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("batches", "line"),
+    [
+        ([{}], "the model gave a mapping without 'score'; it has image_embedding"),
+        ([{"score": ONE, "id": ONE}], "the model gave 'id' too; name it in the embedder's extra_columns"),
+        ([{"score": ONE}, {}], "the model gave a mapping without 'score'"),
+        ([{"score": ONE}, {"score": np.zeros(1, np.int64)}], "the model gave int64 for 'score' after float64"),
+        ([{"score": ONE}, {"score": np.zeros((1, 2))}], r"shape \(2,\) for 'score' after \(\)"),
+        ([{"score": ONE, "image_embedding": ONE}], "the model gave 'image_embedding' as an array of shape"),
+    ],
+)
+def test_columns_are_those_that_were_named_and_stay_as_they_are(
+    abc: OpenShard, batches: list[dict[str, np.ndarray]], line: str
+) -> None:
+    with pytest.raises(ValueError, match=line):
+        embed(Several(*batches, *batches, *batches), abc)
+
+
+def test_numbers_beside_the_vectors_keep_their_type(abc: OpenShard) -> None:
+    numbers = [2.0**53 + i for i in (0, 2, 4)]
+    engine = Engine([Several(*({"score": np.array([number])} for number in numbers)).open("cpu")])
+    rows = [found for found in engine.embed([abc]) if isinstance(found, Rows)]
+    assert [value for found in rows for value in found.columns["score"].tolist()] == numbers

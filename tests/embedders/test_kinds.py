@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders.dali import DaliLoader
-from embedders.loader import Encoded, LoadedBatch, Loader
+from embedders.dali_loader import DaliLoader
+from embedders.loader import Encoded, LoadedBatch, Loader, ModelInput
 from embedders.preprocess import Preprocessing
 from embedders.quarantine import Reason
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 from tests.kinds import damaged, flipped, photograph, saved, whole
 
 CONFIG = {
@@ -30,11 +30,10 @@ CONFIG = {
 
 def loaders() -> list[tuple[str, Callable[[], Loader]]]:
     preprocessing = Preprocessing.from_timm(CONFIG)
-    transform: Any = preprocessing.transform()
-    common: dict[str, Any] = {"batch_size": 16, "num_threads": 2, "preprocessing": preprocessing}
+    inputs = [ModelInput(preprocessing.transform(), preprocessing)]
     return [
-        ("dali", lambda: DaliLoader(transform, **common)),
-        ("reference", lambda: ReferenceLoader(transform, **common)),
+        ("dali", lambda: DaliLoader(inputs, batch_size=16, num_threads=2)),
+        ("reference", lambda: ReferenceLoader(inputs, batch_size=16, num_threads=2)),
     ]
 
 
@@ -47,9 +46,8 @@ def loader(request: pytest.FixtureRequest) -> Iterator[Loader]:
 
 def through(loader: Loader, images: dict[str, bytes]) -> tuple[dict[str, torch.Tensor], dict[str, Reason]]:
     """What came of each image; every one must come back exactly once."""
-    batches: list[LoadedBatch] = list(
-        loader.batches(Encoded(name, np.frombuffer(data, np.uint8)) for name, data in images.items())
-    )
+    samples = [Encoded(name, np.frombuffer(data, np.uint8)) for name, data in images.items()]
+    batches: list[LoadedBatch] = [batch for (batch,) in loader.batches(samples)]
     rows: dict[Any, torch.Tensor] = {}
     rejected: dict[Any, Reason] = {}
     for batch in batches:

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data.config import resolve_data_config
 
-from embedders.dali import DaliLoader, Decode, vertical_first
+from embedders.bad_images import BadImage
+from embedders.dali_loader import DaliLoader
+from embedders.dali_operators import Decode, vertical_first
 from embedders.image_headers import inspect
-from embedders.images import BadImage, decode
-from embedders.loader import Encoded, LoadedBatch, Loader
+from embedders.images import decode
+from embedders.loader import Encoded, LoadedBatch, Loader, ModelInput
 from embedders.preprocess import NotConvertible, Preprocessing, sizes, timm_transform
 from embedders.quarantine import Reason
-from embedders.reference import ReferenceLoader
+from embedders.reference_loader import ReferenceLoader
 
 CENTER: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -103,18 +105,36 @@ def encoded(images: dict[str, bytes]) -> list[Encoded]:
     return [Encoded(name, np.frombuffer(data, np.uint8)) for name, data in images.items()]
 
 
-@pytest.fixture
-def make_loader() -> Iterator[Callable[..., Loader]]:
-    """Builds loaders by kind ("dali", "two of dali" in turns as on a GPU, or "reference") and closes them."""
-    loaders: list[Loader] = []
+class ForOne:
+    """A loader for one input."""
 
-    def make(kind: str, changes: dict[str, Any] | None = None, **options: Any) -> Loader:
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def batches(self, samples: Iterable[Encoded]) -> Iterator[LoadedBatch]:
+        return (batch for (batch,) in self._loader.batches(samples))
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+@pytest.fixture
+def make_loader() -> Iterator[Callable[..., ForOne]]:
+    """Builds loaders by kind ("dali", "two of dali" in turns as on a GPU, or "reference") and closes them."""
+    loaders: list[ForOne] = []
+
+    def make(
+        kind: str, changes: dict[str, Any] | None = None, dtype: torch.dtype | None = None, **options: Any
+    ) -> ForOne:
         value = Preprocessing.from_timm({**CENTER, **(changes or {})})
-        options = {"batch_size": 16, "num_threads": 2, "preprocessing": value, **options}
+        inputs = [ModelInput(value.transform(), value, dtype)]
+        options = {"batch_size": 16, "num_threads": 2, **options}
+        loader: Loader
         if kind == "reference":
-            loaders.append(ReferenceLoader(value.transform(), mode=value.mode, **options))
+            loader = ReferenceLoader(inputs, mode=value.mode, **options)
         else:
-            loaders.append(DaliLoader(value.transform(), decoders=2 if kind == "two of dali" else None, **options))
+            loader = DaliLoader(inputs, decoders=2 if kind == "two of dali" else None, **options)
+        loaders.append(ForOne(loader))
         return loaders[-1]
 
     yield make
@@ -160,7 +180,7 @@ def test_configs_cover_what_the_pretrained_tags_use() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dali_gives_timms_pixels(name: str, make_loader: Callable[..., Loader]) -> None:
+def test_dali_gives_timms_pixels(name: str, make_loader: Callable[..., ForOne]) -> None:
     config, limit = CONFIGS[name]
     value = Preprocessing.from_timm({**CENTER, **config})
     transform = value.transform()
@@ -176,7 +196,7 @@ def test_dali_gives_timms_pixels(name: str, make_loader: Callable[..., Loader]) 
         )  # at the border of an enlarged image, where the two cut the filter differently
 
 
-def test_reference_is_timms_transform_bit_for_bit(make_loader: Callable[..., Loader]) -> None:
+def test_reference_is_timms_transform_bit_for_bit(make_loader: Callable[..., ForOne]) -> None:
     transform = Preprocessing.from_timm(CENTER).transform()
     images = stream_of_photographs()
     batches = list(make_loader("reference").batches(encoded(images)))
@@ -215,7 +235,7 @@ def test_pillows_order_of_passes() -> None:
         assert np.array_equal(np.asarray(once), np.asarray(twice)), (width, height, new_width, new_height)
 
 
-def test_half_precision(make_loader: Callable[..., Loader]) -> None:
+def test_half_precision(make_loader: Callable[..., ForOne]) -> None:
     photos = dict(itertools.islice(stream_of_photographs().items(), 5))
     some = encoded({**photos, "gif": save(photographs()[0], "GIF")})
     (half,) = make_loader("dali", dtype=torch.float16).batches(some)
@@ -332,7 +352,7 @@ def is_sound(data: bytes) -> bool:
 
 @pytest.mark.parametrize("kind", ["dali", "reference"])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_everything_comes_back_once(kind: str, batch_size: int, make_loader: Callable[..., Loader]) -> None:
+def test_everything_comes_back_once(kind: str, batch_size: int, make_loader: Callable[..., ForOne]) -> None:
     wild = found_in_the_wild()
     transform = Preprocessing.from_timm(CENTER).transform()
     samples = encoded({name: data for name, (data, _) in wild.items()})
@@ -394,7 +414,7 @@ def is_sound_to_pillow(data: bytes) -> bool:
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("dali", 1), ("dali", 32), ("two of dali", 7), ("reference", 32)])
 def test_the_verdict_on_a_damaged_photograph_is_pillows(
-    kind: str, batch_size: int, make_loader: Callable[..., Loader]
+    kind: str, batch_size: int, make_loader: Callable[..., ForOne]
 ) -> None:
     images = damaged_photographs(600)
     sound = {name for name, data in images.items() if is_sound_to_pillow(data)}
@@ -435,7 +455,7 @@ def test_any_damage_gives_an_image_or_a_bad_image() -> None:
                 continue
 
 
-def test_size_limit_comes_before_decoding(make_loader: Callable[..., Loader]) -> None:
+def test_size_limit_comes_before_decoding(make_loader: Callable[..., ForOne]) -> None:
     samples = encoded(
         {"large": save(Image.new("RGB", (200, 101)), "JPEG"), "fits": save(Image.new("RGB", (200, 100)), "GIF")}
     )
@@ -445,7 +465,7 @@ def test_size_limit_comes_before_decoding(make_loader: Callable[..., Loader]) ->
         assert list(rows(batches)) == ["fits"]
 
 
-def test_an_image_too_thin_for_its_resize_is_refused(make_loader: Callable[..., Loader]) -> None:
+def test_an_image_too_thin_for_its_resize_is_refused(make_loader: Callable[..., ForOne]) -> None:
     samples = encoded({"thin": save(Image.new("RGB", (1, 3000)), "JPEG")})
     for kind in ("dali", "reference"):
         (batch,) = make_loader(kind, {"crop_mode": "border"}).batches(samples)
@@ -453,7 +473,7 @@ def test_an_image_too_thin_for_its_resize_is_refused(make_loader: Callable[..., 
         assert batch.images.shape == (0, 3, 224, 224)
 
 
-def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., Loader]) -> None:
+def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., ForOne]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = photographs()[3].resize((160, 120))
@@ -465,7 +485,7 @@ def test_orientation_is_applied_only_if_asked_for(make_loader: Callable[..., Loa
         assert levels(batch.images[0], transform(upright if apply else photo), {}).mean() < 3
 
 
-def test_tiny_images_have_timms_pixels(make_loader: Callable[..., Loader]) -> None:
+def test_tiny_images_have_timms_pixels(make_loader: Callable[..., ForOne]) -> None:
     transform = Preprocessing.from_timm({**CENTER, "crop_pct": 1.0}).transform()
     images = {
         f"{width}x{height} {number}": save(photo.resize((width, height)), "JPEG")
@@ -483,7 +503,7 @@ def raw_profile(exif: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["dali", "reference"])
-def test_an_orientation_in_the_text_of_a_png_is_applied(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_an_orientation_in_the_text_of_a_png_is_applied(kind: str, make_loader: Callable[..., ForOne]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = photographs()[3].resize((160, 120))
@@ -502,7 +522,7 @@ def test_an_orientation_in_the_text_of_a_png_is_applied(kind: str, make_loader: 
 
 
 @pytest.mark.parametrize("kind", ["dali", "reference"])
-def test_unreadable_exif_costs_no_picture(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_unreadable_exif_costs_no_picture(kind: str, make_loader: Callable[..., ForOne]) -> None:
     photo = photographs()[0].resize((151, 103))
     photo.info.clear()
     png, jpeg = save(photo, "PNG"), save(photo, "JPEG")
@@ -519,7 +539,7 @@ def test_unreadable_exif_costs_no_picture(kind: str, make_loader: Callable[..., 
         assert levels(image, expected, {}).mean() < 0.02, name
 
 
-def test_a_transform_that_is_no_preprocessing_has_the_same_limits(make_loader: Callable[..., Loader]) -> None:
+def test_a_transform_that_is_no_preprocessing_has_the_same_limits(make_loader: Callable[..., ForOne]) -> None:
     config = {**CENTER, "interpolation": "nearest"}
     with pytest.raises(NotConvertible):
         Preprocessing.from_timm(config)
@@ -533,7 +553,7 @@ def test_a_transform_that_is_no_preprocessing_has_the_same_limits(make_loader: C
         ("border", {"explodes": Reason.UNSUPPORTED, "vanishes": Reason.UNSUPPORTED}),
     ):
         of = {**config, "crop_mode": mode}
-        loader = ReferenceLoader(timm_transform(of), batch_size=8, num_threads=2, preprocessing=sizes(of))
+        loader = ForOne(ReferenceLoader([ModelInput(timm_transform(of), sizes(of))], batch_size=8, num_threads=2))
         batches = list(loader.batches(encoded(images)))
         loader.close()
         assert reasons(batches) == expected
@@ -559,7 +579,7 @@ def test_an_image_that_a_transform_fails_on_costs_that_image() -> None:
         name: save(photographs()[0].resize((width, 20)), "PNG")
         for name, width in {"passes": 30, "stays": 31, "raises": 32, "torch": 33, "sound": 34}.items()
     }
-    loader = ReferenceLoader(faulty, batch_size=2, num_threads=2)
+    loader = ForOne(ReferenceLoader([ModelInput(faulty)], batch_size=2, num_threads=2))
     batches = list(loader.batches(encoded(images)))
     loader.close()
     assert rows(batches).keys() == {"passes", "sound"}
@@ -574,7 +594,8 @@ def test_decoders_write_nothing_to_stderr() -> None:
     code = """
 import io, sys
 from PIL import Image, features
-from embedders.images import BadImage, decode
+from embedders.bad_images import BadImage
+from embedders.images import decode
 photo = Image.effect_noise((90, 70), 50)
 def save(image, kind, **options):
     out = io.BytesIO()
@@ -600,7 +621,7 @@ for data in [*broken, tiff]:
 
 
 @pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
-def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., ForOne]) -> None:
     samples = encoded(stream_of_photographs())[:21]
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=8)
     for _ in range(2):
@@ -611,7 +632,7 @@ def test_one_loader_serves_many_streams(kind: str, make_loader: Callable[..., Lo
 
 
 @pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
-def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable[..., ForOne]) -> None:
     samples = encoded(stream_of_photographs())
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
     copies: dict[Any, torch.Tensor] = {}
@@ -623,7 +644,7 @@ def test_batches_that_are_kept_stay_as_they_are(kind: str, make_loader: Callable
 
 
 @pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
-def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader: Callable[..., ForOne]) -> None:
     samples = encoded(stream_of_photographs())
     loader = make_loader(kind, {"input_size": (3, 64, 64)}, batch_size=4)
     first = next(iter(loader.batches(samples)))
@@ -632,7 +653,7 @@ def test_a_stream_left_early_does_not_leak_into_the_next(kind: str, make_loader:
 
 
 @pytest.mark.parametrize("kind", ["dali", "two of dali", "reference"])
-def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_an_error_of_the_source_is_the_callers(kind: str, make_loader: Callable[..., ForOne]) -> None:
     samples = encoded(stream_of_photographs())
 
     def broken() -> Iterator[Encoded]:
@@ -653,7 +674,7 @@ def bad_to_dali() -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["dali", "two of dali"])
-def test_a_batch_that_dali_refuses_is_recovered(kind: str, make_loader: Callable[..., Loader]) -> None:
+def test_a_batch_that_dali_refuses_is_recovered(kind: str, make_loader: Callable[..., ForOne]) -> None:
     bad = bad_to_dali()
     assert inspect(bad).dali  # or this tests nothing
     images = dict(itertools.islice(stream_of_photographs().items(), 30))
@@ -670,7 +691,7 @@ def test_a_batch_that_dali_refuses_is_recovered(kind: str, make_loader: Callable
         assert levels(image, expected, {}).mean() < 0.02
 
 
-def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., Loader]) -> None:
+def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., ForOne]) -> None:
     with pytest.raises(ValueError, match="EXACT on the CPU"):
         make_loader("dali", decode=Decode.FAST)
 
@@ -678,7 +699,7 @@ def test_fast_decoding_needs_a_gpu(make_loader: Callable[..., Loader]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("how", "limit"), [(Decode.EXACT, 0.02), (Decode.FAST, 2.2)])
-def test_on_a_gpu(how: Decode, limit: float, dtype: torch.dtype, make_loader: Callable[..., Loader]) -> None:
+def test_on_a_gpu(how: Decode, limit: float, dtype: torch.dtype, make_loader: Callable[..., ForOne]) -> None:
     """Thumbnails and drawings with hard edges in the chroma: on photographs nvJPEG is at 0.4 (benchmarks.fidelity)."""
     wild = {name: data for name, (data, reason) in found_in_the_wild().items() if not reason}
     images = stream_of_photographs() | wild | {"bad": bad_to_dali()}

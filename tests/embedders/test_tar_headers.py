@@ -57,6 +57,6 @@ def test_ordinary_tars_are_read_all_at_once() -> None:
         data = write([(name, 3, tarfile.REGTYPE) for name in names], form)
         found = plain_members(lambda at, size, data=data: data[at : at + size], len(data))  # type: ignore[misc]
         assert found is not None
-        assert found.names == names
-        assert found.sizes == [3] * len(names)
-        assert found.offsets == [512 + 1024 * n for n in range(len(names))]
+        assert found.names.to_pylist() == [name.encode() for name in names]
+        assert found.sizes.tolist() == [3] * len(names)
+        assert found.offsets.tolist() == [512 + 1024 * n for n in range(len(names))]

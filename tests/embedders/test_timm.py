@@ -13,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders import TimmImageEmbedder
+from embedders import TimmImageEmbedder, decoder_choice
 from embedders.batch_size import Measured
-from embedders.timm import NO_CORE_DECODES, TRIAL
+from embedders.decoder_choice import NO_CORE_DECODES, TRIAL
+from embedders.loader import Loader
+from embedders.open_loader import open_loader
+from embedders.timm_session import TimmSession
 from embedders.webdataset import OpenShard, open_shard
 
 IMAGES = 2 * (2 * TRIAL) + 3
@@ -34,6 +37,14 @@ def shard(tmp_path: Path) -> OpenShard:
     return open_shard(tmp_path / "0.tar")
 
 
+def undecided(embedder: TimmImageEmbedder, model_rate: float) -> TimmSession:
+    """A session on the CPU whose loader is to choose its decoder, as one on a GPU is."""
+    session = TimmSession(embedder, "cpu")
+    session.measured = Measured(session.batch_size, model_rate)
+    session.loader.undecided = True
+    return session
+
+
 @pytest.mark.parametrize(("model_rate", "then"), [(1e12, "fast"), (0.001, "exact")])
 def test_auto_decides_by_what_the_first_batches_show(
     monkeypatch: pytest.MonkeyPatch, shard: OpenShard, model_rate: float, then: str
@@ -42,20 +53,16 @@ def test_auto_decides_by_what_the_first_batches_show(
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2, num_threads_per_worker=1)
     built: list[str] = []
 
-    def build(device: str, fast: bool) -> Any:
-        loader = TimmImageEmbedder._build_loader(embedder, device, False)
-        embedder._decoder = "fast" if fast else "exact"
-        built.append(embedder._decoder)
-        return loader
+    def build(*args: Any, fast: bool, **options: Any) -> tuple[Loader, str]:
+        built.append("fast" if fast else "exact")
+        return open_loader(*args, fast=False, **options)[0], built[-1]
 
-    monkeypatch.setattr(embedder, "_build_loader", build)
-    embedder._measured = Measured(2, model_rate)
-    embedder._open_loader("cpu")
-    embedder._decided = False
+    monkeypatch.setattr(decoder_choice, "open_loader", build)
+    session = undecided(embedder, model_rate)
     for _ in range(2):  # the second time the choice stands
-        rows = [row.sample for batch in embedder.batches([shard], "cpu") for row in batch.rows]
+        rows = [row.sample for batch in session.batches([shard]) for row in batch.rows]
         assert rows == list(range(IMAGES))
-        assert embedder.decoder == then
+        assert session.decoder == then
     assert built == (["exact", "fast"] if then == "fast" else ["exact"])
 
 
@@ -65,28 +72,32 @@ def test_a_model_that_no_core_keeps_up_with_needs_no_trial(
 ) -> None:
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2, num_threads_per_worker=3)
     asked = []
-    embedder._decoder = "exact"
-    monkeypatch.setattr(embedder, "_build_loader", lambda device, fast: asked.append(fast))
-    embedder._measured = Measured(2, 3 * per_core)
-    embedder._open_loader("cuda")
+
+    def build(*args: Any, fast: bool, **options: Any) -> tuple[None, str]:
+        asked.append(fast)
+        return None, "exact"
+
+    monkeypatch.setattr(decoder_choice, "open_loader", build)
+    session = TimmSession(embedder, "cuda")
+    session.measured = Measured(2, 3 * per_core)
+    assert session.loader.decoder == "exact"
     assert asked == [fast]
 
 
 def test_a_cpu_decodes_exactly_whatever_is_asked_for(shard: OpenShard) -> None:
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=4, num_threads_per_worker=1, decode="fast")
-    embedder._measured = Measured(4, 1e12)
-    assert sum(len(batch.rows) for batch in embedder.batches([shard], "cpu")) == IMAGES
-    assert embedder.decoder == "exact"
+    session = TimmSession(embedder, "cpu")
+    session.measured = Measured(4, 1e12)
+    assert sum(len(batch.rows) for batch in session.batches([shard])) == IMAGES
+    assert session.decoder == "exact"
 
 
 def test_too_few_images_decide_nothing(shard: OpenShard) -> None:
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=IMAGES, num_threads_per_worker=1)
-    embedder._measured = Measured(IMAGES, 1e12)
-    embedder._open_loader("cpu")
-    embedder._decided = False
-    rows = [row.sample for batch in embedder.batches([shard], "cpu") for row in batch.rows]
+    session = undecided(embedder, 1e12)
+    rows = [row.sample for batch in session.batches([shard]) for row in batch.rows]
     assert rows == list(range(IMAGES))
-    assert (embedder.decoder, embedder._decided) == ("exact", False)
+    assert (session.decoder, session.loader.undecided) == ("exact", True)
 
 
 def test_precision_is_what_is_asked_for_and_part_of_the_fingerprint(shard: OpenShard) -> None:
@@ -123,13 +134,15 @@ from pathlib import Path
 from embedders import TimmImageEmbedder
 from embedders.engine import Engine
 from embedders.webdataset import open_shard
+from tests.layers import embedded_shards
 
 embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=100_000, num_threads_per_worker=1)
 embedder.check()
 used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)
-(embedded,) = Engine(embedder, "cpu").embed([open_shard(sys.argv[1])])
-print(len(embedded.ids), embedder.input_batch("cpu") < 100_000)
+session = embedder.open("cpu")
+(embedded,) = embedded_shards(Engine([session]).embed([open_shard(sys.argv[1])]))
+print(len(embedded.ids), session.batch_size < 100_000)
 """
 
 

@@ -187,7 +187,7 @@ def test_members_of_a_sample_may_lie_apart() -> None:
 
 
 def test_an_empty_tar_has_no_samples() -> None:
-    assert read_tar(make_tar({})) == TarIndex(())
+    assert read_tar(make_tar({})) == TarIndex.of(())
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"x" * 4096], ids=["empty", "short", "foreign"])
@@ -392,7 +392,7 @@ ODD = [
 
 def test_an_index_comes_back_whatever_the_names() -> None:
     samples = [Sample(name[:-4], (Component("jpg", 512 * i, i, name),)) for i, name in enumerate(ODD)]
-    index = TarIndex(
+    index = TarIndex.of(
         (*samples, Sample("k", (Component("a b.json", 0, 2, "k.a b.json"), Component("txt", 1, 1, "k.txt")))),
         Ignored(7, ("READ ME", "100%", "日本")),
         "it ends in 12,345 zero bytes",
@@ -404,7 +404,7 @@ def test_an_index_comes_back_whatever_the_names() -> None:
 
 @given(st.lists(st.text(min_size=1).filter(lambda key: not key.startswith("./")), unique=True))
 def test_an_index_comes_back_with_any_text(keys: list[str]) -> None:
-    index = TarIndex(tuple(Sample(key, (Component("jpg", 0, 1, f"{key}.jpg"),)) for key in keys))
+    index = TarIndex.of(tuple(Sample(key, (Component("jpg", 0, 1, f"{key}.jpg"),)) for key in keys))
     assert parse_index(format_index(index, "f"), "f") == index
 
 

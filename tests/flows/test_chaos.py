@@ -74,7 +74,7 @@ class Run:
 
     def wait_for_shards(self, count: int) -> None:
         """Wait until it has written the embeddings of so many shards."""
-        self.wait_until(lambda: len(list((self.output / "embeddings").glob("[!.]*.parquet"))) >= count)
+        self.wait_until(lambda: len(list((self.output / "layers/image_embedding").glob("[!.]*.parquet"))) >= count)
 
     def wait_for_server(self) -> None:
         """Wait until it has started a Prefect server."""
@@ -213,7 +213,7 @@ def leftovers(output: Path) -> list[str]:
 
 def written(output: Path) -> dict[str, tuple[int, int]]:
     """Every embeddings file, by what changes when it is written again."""
-    stats = {path.name: path.stat() for path in (output / "embeddings").glob("[!.]*.parquet")}
+    stats = {path.name: path.stat() for path in (output / "layers/image_embedding").glob("[!.]*.parquet")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
@@ -438,35 +438,35 @@ def test_two_runs_at_once(chaos: Chaos, tmp_path: Path, tell: Tell) -> None:
 
 
 def damage_deleted(output: Path) -> None:
-    (output / "embeddings/00000.parquet").unlink()
+    (output / "layers/image_embedding/00000.parquet").unlink()
 
 
 def damage_truncated(output: Path) -> None:
-    path = output / "embeddings/00001.parquet"
+    path = output / "layers/image_embedding/00001.parquet"
     path.write_bytes(path.read_bytes()[:-200])
 
 
 def damage_flipped_footer(output: Path) -> None:
-    flip(output / "embeddings/00002.parquet", -60)
+    flip(output / "layers/image_embedding/00002.parquet", -60)
 
 
 def damage_flipped_page(output: Path) -> None:
-    flip(output / "embeddings/00003.parquet", 9000)
+    flip(output / "layers/image_embedding/00003.parquet", 9000)
 
 
 def damage_foreign(output: Path) -> None:
-    shutil.copy(output / "quarantine/00000.parquet", output / "embeddings/00004.parquet")
+    shutil.copy(output / "quarantine/image_embedding/00000.parquet", output / "layers/image_embedding/00004.parquet")
 
 
 def damage_swapped(output: Path) -> None:
-    one, two = output / "embeddings/00005.parquet", output / "embeddings/00006.parquet"
+    one, two = output / "layers/image_embedding/00005.parquet", output / "layers/image_embedding/00006.parquet"
     held = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(held)
 
 
 def damage_quarantine(output: Path) -> None:
-    (output / "quarantine/00000.parquet").write_bytes(b"PAR1")
+    (output / "quarantine/image_embedding/00000.parquet").write_bytes(b"PAR1")
 
 
 def damage_index(output: Path) -> None:

@@ -193,8 +193,8 @@ def test_what_is_said_of_a_failed_shard(
     assert manifest["images_per_second"] > 1.1 * 128 / manifest["seconds"]  # the workers' start is no part of it
     assert "float16" not in (output / "report.html").read_text().partition("<body>")[2]
     assert "float16" not in (output / "README.md").read_text()
-    footer = pq.read_metadata(output / "metadata/00000.parquet").metadata[b"embedding"]
-    assert json.loads(footer)["precision"] == "float32 on a CPU"
+    footer = pq.read_metadata(output / "metadata/00000.parquet").metadata[b"embeddings"]
+    assert json.loads(footer)[0]["precision"] == "float32 on a CPU"
     (dataset / "00000.tar").write_bytes(b"no tar" * 1000)
     (output / "report.html").unlink()
     (output / "report.html").mkdir()

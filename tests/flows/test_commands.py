@@ -15,7 +15,7 @@ import pytest
 from benchmarks.__main__ import ON_A_CPU, ON_A_GPU, sized
 from benchmarks.throughput import parse
 from flows.__main__ import COMMANDS, main
-from tasks.counted import counted
+from tasks.wording import counted
 
 from .conftest import ROOT
 

@@ -115,7 +115,7 @@ def test_the_account_names_every_sample(dali: tuple[Path, Manifest], demo_datase
     assert {name: stored[name] for name in stored if name != RELATIVE} == manifest.model_dump(mode="json")
     assert stored[RELATIVE]["metadata"] == "metadata"
     assert read_manifest(str(output)) == manifest
-    quarantine = pq.read_table(output / "quarantine").to_pylist()
+    quarantine = pq.read_table(output / "quarantine/image_embedding").to_pylist()
     assert {row["id"] for row in quarantine} == {f"{shard * 64 + sample:09}" for shard, sample in BROKEN}
     assert all(row["member"] == f"{row['id']}.jpg" and row["detail"] for row in quarantine)
     everything = {key for key, _ in photographs(demo_dataset)}
@@ -164,8 +164,8 @@ def test_only_what_is_missing_is_done_again(small: tuple[Path, Path]) -> None:
     dataset, output = small
     before = written(output)
     vectors_before = vectors(output)
-    (output / "embeddings/00001.parquet").unlink()
-    cut = output / "embeddings/00002.parquet"
+    (output / "layers/image_embedding/00001.parquet").unlink()
+    cut = output / "layers/image_embedding/00002.parquet"
     cut.write_bytes(cut.read_bytes()[:-100])
     manifest = embed_tiny(dataset, output)
     after = written(output)
@@ -174,9 +174,9 @@ def test_only_what_is_missing_is_done_again(small: tuple[Path, Path]) -> None:
     assert changed == {
         "manifest.json",
         "report.html",
-        "embeddings/00001.parquet",
-        "embeddings/00002.parquet",
-        "quarantine/00002.parquet",
+        "layers/image_embedding/00001.parquet",
+        "layers/image_embedding/00002.parquet",
+        "quarantine/image_embedding/00002.parquet",
     }
     assert all((vectors(output)[key] == vector).all() for key, vector in vectors_before.items())
 
@@ -212,7 +212,7 @@ def test_a_damaged_tar_fails_by_name_and_stops_no_other(server: str, demo_datase
     assert (manifest.shards_failed, manifest.embedded) == (1, 3 * 64 - 2)
     assert list(manifest.failures) == ["00001"]
     assert "cut short" in manifest.failures["00001"]
-    assert not (output / "embeddings/00001.parquet").exists()
+    assert not (output / "layers/image_embedding/00001.parquet").exists()
     (dataset / "00001.tar").write_bytes(whole)
     manifest = embed_tiny(dataset, output)
     assert (manifest.shards_failed, manifest.shards_cached, manifest.embedded) == (0, 3, 254)
@@ -226,7 +226,7 @@ def test_a_shard_decoded_less_exactly_than_asked_for_is_done_again(small: tuple[
     manifest = embed_dataset(str(dataset), str(output), reference, device="cpu")
     assert (manifest.shards_cached, manifest.decoders) == (0, {"reference": 4})
     merged = pq.read_table(output / "metadata/00000.parquet")
-    embedded = pq.read_table(output / "embeddings/00000.parquet")
+    embedded = pq.read_table(output / "layers/image_embedding/00000.parquet")
     vectors_of = dict(zip(embedded["id"].to_pylist(), embedded["image_embedding"].to_pylist(), strict=True))
     assert merged["image_embedding"].to_pylist() == [vectors_of[key] for key in merged["key"].to_pylist()]
     assert embed_tiny(dataset, output).shards_cached == 4  # by default either will do

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.export import main
-from tasks.dataset import export as exports
 from tasks.dataset.description import describe, footer
-from tasks.dataset.vectors import VectorFormat, vector_array, write_vectors
+from tasks.dataset.export import faiss_index
+from tasks.dataset.vectors import vector_array, write_vectors
+from tasks.merge_options import MergedColumn, MergeOptions
 
 from .conftest import ROOT
 
@@ -36,7 +37,9 @@ def write_output(folder: Path, rows: int, dimensions: int, *, null: int | None =
         keys = [f"{number:02}{row:06}" for row in range(rows)]
         array = vector_array(vectors[valid], valid)
         table = pa.table({"key": keys, "n": list(range(rows)), column: array})
-        notes = footer(table.schema, describe(column, VectorFormat(), {"model": "m"}, dimensions))
+        merged = MergedColumn(column, column, "float32", (dimensions,))
+        options = MergeOptions("key", (column,), (merged,), made_of={column: {"model": "m"}})
+        notes = footer(table.schema, describe(options, {}))
         write_vectors(table.replace_schema_metadata(notes), str(folder / f"metadata/{number:05}.parquet"), column)
         written.append(vectors[valid])
     return np.concatenate(written)
@@ -83,7 +86,7 @@ def test_npy_in_several_files_and_float16(tmp_path: Path) -> None:
 def test_faiss_finds_every_row_by_its_own_vector(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(exports, "BLOCK_BYTES", 40 * 16 * 4)
+    monkeypatch.setattr(faiss_index, "BLOCK_BYTES", 40 * 16 * 4)
     vectors = write_output(tmp_path, 100, 16, null=5, files=3)
     assert main([str(tmp_path), "--format", "faiss", "--index", kind]) == 0
     folder = tmp_path / "export/faiss"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.fingerprint import digest
 from flows.config import EmbedConfig
-from flows.prepare import merge_options
-from tasks.keys import digest, embedding_key, merge_key
+from tasks.keys import layer_key, merge_key
+from tasks.merge_options import MergedColumn
 from tasks.shards import Shard, find_shards, with_content_fingerprints
 
 
@@ -55,10 +57,12 @@ def keys(data: Path, fingerprint: str = "stat", made: ImageEmbedder | None = Non
     """The key of the shard's embeddings and that of its merged file, as a run with these options takes them."""
     given: dict[str, Any] = {"model_name": "test_vit.r160_in1k", "pretrained": False, "fingerprint": fingerprint}
     config = EmbedConfig(dataset=str(data), output="/out", **given | options)
-    embedder = made or config.build_embedder()
+    embedder = made or config.build_embedders()[0]
     shard = shard_of(data, fingerprint, config.key_dot)
-    embedding = embedding_key(shard, digest(embedder.fingerprint()), config.id_col)
-    return embedding, merge_key(shard, embedding, merge_options(config, embedder).as_dict())
+    embedding = layer_key(shard, "image_embedding", digest(embedder.fingerprint()), config.id_col)
+    column = MergedColumn(embedder.image_embedding_column, embedder.image_embedding_column, "float32", (8,))
+    joined = replace(config.merge_options(), columns=(column,))
+    return embedding, merge_key(shard, {column.layer: embedding}, joined.as_dict())
 
 
 def touch(data: Path) -> None:

@@ -18,7 +18,7 @@ from embedders import TimmImageEmbedder
 from embedders.errors import InputError
 from flows.embed import embed_dataset
 from tasks.dataset.card import CARD
-from tasks.dataset.schema import FORMER, SCHEMA
+from tasks.dataset.schema import SCHEMA
 from tasks.manifest import Manifest
 from tasks.run_lock import only_run
 
@@ -34,9 +34,7 @@ def copied(crawl: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def unmatched(output: Path) -> list[dict[str, Any]]:
-    return [
-        row for path in sorted(output.glob("quarantine/*.unmatched.parquet")) for row in pq.read_table(path).to_pylist()
-    ]
+    return [row for path in sorted(output.glob("unmatched/*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 # --- what has no partner ----------------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def test_a_new_column_in_one_shard_reaches_all_files(copied: tuple[Path, Path]) 
     pq.write_table(table, dataset / "00001.parquet")
     before = written(output)
     assert embed(dataset, output).shards_cached == 2
-    assert written(output)["embeddings/00000.parquet"] == before["embeddings/00000.parquet"]
+    assert written(output)["layers/image_embedding/00000.parquet"] == before["layers/image_embedding/00000.parquet"]
     files = sorted((output / "metadata").glob("*.parquet"))
     schemas = {pq.read_schema(path).remove_metadata() for path in files}
     assert len(schemas) == 1
@@ -110,15 +108,6 @@ def test_a_new_column_in_one_shard_reaches_all_files(copied: tuple[Path, Path]) 
     again = written(output)
     assert embed(dataset, output).shards_cached == 2
     assert {name for name in again if written(output)[name] != again[name]} == {"manifest.json"}
-
-
-def test_the_schema_of_an_earlier_version_is_read_and_moved(copied: tuple[Path, Path]) -> None:
-    dataset, output = copied
-    before = written(output)
-    (output / SCHEMA).rename(output / FORMER)
-    assert embed(dataset, output).shards_cached == 2
-    assert {name for name, state in written(output).items() if before.get(name) != state} == {SCHEMA, "manifest.json"}
-    assert not (output / FORMER).exists()
 
 
 def test_types_that_contradict_each_other_are_refused_before_anything_is_written(crawl: Path, tmp_path: Path) -> None:
@@ -135,7 +124,7 @@ def test_types_that_contradict_each_other_are_refused_before_anything_is_written
 
 def test_the_footer_and_the_card_say_what_the_vectors_are(crawl: Path) -> None:
     for name in ("metadata/00000.parquet", "metadata/00001.parquet", SCHEMA):
-        told = json.loads(pq.read_schema(crawl / "out" / name).metadata[b"embedding"])
+        (told,) = json.loads(pq.read_schema(crawl / "out" / name).metadata[b"embeddings"])
         assert (told["model"], told["weights"], told["normalized"]) == (TINY, "random, seed 0", True)
         assert (told["dimensions"], told["dtype"], told["type"]) == (64, "float32", "list")
         assert told["preprocessing"]["input_size"] == [3, 160, 160]
@@ -163,7 +152,7 @@ def test_null_rows_in_another_type_merge_again_and_embed_nothing(copied: tuple[P
     manifest = embed(dataset, output, on_error="null", **form)
     assert (manifest.shards_cached, manifest.rows, manifest.rows_without_image) == (2, 24, 8)
     assert manifest.told_rows == "24, 8 of them without an embedding"
-    assert written(output)["embeddings/00000.parquet"] == files["embeddings/00000.parquet"]
+    assert written(output)["layers/image_embedding/00000.parquet"] == files["layers/image_embedding/00000.parquet"]
     column = pq.read_table(output / "metadata")["image_embedding"]
     assert str(column.type) == "fixed_size_list<element: halffloat not null>[64]"
     assert column.null_count == 8
@@ -176,7 +165,7 @@ def test_null_rows_in_another_type_merge_again_and_embed_nothing(copied: tuple[P
 def test_rows_a_file_and_back(copied: tuple[Path, Path]) -> None:
     dataset, output = copied
     whole = pq.read_table(output / "metadata")
-    (output / "quarantine/00001.unmatched.parquet").unlink()  # a list that went away is made again
+    (output / "unmatched/00001.parquet").unlink()  # a list that went away is made again
     embed(dataset, output, rows_per_file=6)
     parts = sorted(path.name for path in (output / "metadata").glob("*.parquet"))
     assert parts == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
@@ -251,7 +240,7 @@ def test_in_place_what_a_killed_writer_left_beside_the_tars_is_removed(copied: t
 @pytest.mark.parametrize("column", ["id", "key"])
 def test_the_embedding_column_cannot_be_the_ids(crawl: Path, tmp_path: Path, column: str) -> None:
     embedder = TimmImageEmbedder(TINY, pretrained=False, image_embedding_column=column)
-    with pytest.raises(InputError, match=f"the embedding column cannot be called '{column}'"):
+    with pytest.raises(InputError, match=f"a column cannot be called '{column}'"):
         embed_dataset(str(crawl / "data"), str(tmp_path / "out"), embedder, device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -138,8 +138,8 @@ def test_what_was_done_shows_as_cached(server: str, demo_dataset: Path, tmp_path
 
     assert {state for _, state in states()} == {"Completed"}
     assert states() == [("4 shards done before", "Cached")]
-    (output / "embeddings/00001.parquet").unlink()
-    damaged = output / "embeddings/00002.parquet"
+    (output / "layers/image_embedding/00001.parquet").unlink()
+    damaged = output / "layers/image_embedding/00002.parquet"
     content = bytearray(damaged.read_bytes())
     content[9000] ^= 1  # in a vector: the footer still opens
     damaged.write_bytes(content)
@@ -217,7 +217,7 @@ def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_pa
         run = asyncio.run(finished(flow_run, 1))
         assert run.state.is_failed()
         assert "00001.tar: after 32 samples: cut short" in run.state.message
-        before = {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
+        before = {path.name: path.stat().st_mtime_ns for path in (output / "layers/image_embedding").glob("*.parquet")}
         assert set(before) == {"00000.parquet", "00002.parquet", "00003.parquet"}
         (dataset / "00001.tar").write_bytes(whole)
         asyncio.run(retry(flow_run))
@@ -225,7 +225,7 @@ def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_pa
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
-    after = {path.name: path.stat().st_mtime_ns for path in (output / "embeddings").glob("*.parquet")}
+    after = {path.name: path.stat().st_mtime_ns for path in (output / "layers/image_embedding").glob("*.parquet")}
     assert after.keys() - before.keys() == {"00001.parquet"}
     assert {name: after[name] for name in before} == before
     assert not (output / "run.lock").exists()

@@ -7,11 +7,12 @@ import time
 import pytest
 
 from flows.progress import Pace
-from tasks.records import EmbeddingRecord, seconds_in_work
+from tasks.records import LayerRecord, seconds_in_work
+from tests.layers import layer_record
 
 
-def record(began: float, ended: float, samples: int = 100) -> EmbeddingRecord:
-    return EmbeddingRecord("key", "digest", samples, samples, {}, 8, work={"began": began, "ended": ended})
+def record(began: float, ended: float, samples: int = 100) -> LayerRecord:
+    return layer_record(samples, work={"began": began, "ended": ended})
 
 
 def test_the_rate_does_not_include_the_start() -> None:
@@ -36,4 +37,4 @@ def test_now_counts_what_was_done_since() -> None:
 def test_the_time_that_shards_were_in_work() -> None:
     assert seconds_in_work([]) == 0
     assert seconds_in_work([record(5, 9), record(7, 12)]) == 7
-    assert seconds_in_work([EmbeddingRecord("key", "digest", 0, 0, {}, 8)]) == 0
+    assert seconds_in_work([layer_record(0)]) == 0

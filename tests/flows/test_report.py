@@ -20,13 +20,12 @@ import tasks
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.report import main, write_report
-from tasks.dataset.sampling import Pictures, data_url, sample_vectors
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
+from tasks.dataset.sampling import sample_vectors
+from tasks.dataset.thumbnails import Pictures, data_url
 from tasks.manifest import Timing, account, write_manifest
-from tasks.plan import MergeOptions, make_plan
 from tasks.shards import find_shards
 from tasks.storage.folder import Folder
+from tests.layers import LAYER, embed_all, plan_of
 
 TRUNCATED = ("00000", "000000017")
 
@@ -38,10 +37,8 @@ def made(demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(demo_dataset, folder / "data")
     embedder = TimmImageEmbedder("test_vit.r160_in1k", pretrained=False, loader="reference")
     shards = find_shards(str(folder / "data"), str(folder / "out"))
-    fingerprint = embedder.fingerprint()
-    embed_group(shards, embedder, EmbedOptions("key", digest(fingerprint), "cpu"))
-    plan = make_plan(shards, digest(fingerprint), MergeOptions("key", "image_embedding"))
-    write_manifest(account(plan, 0, (), fingerprint, Timing(1.0), 256))
+    embed_all(shards, embedder)
+    write_manifest(account(plan_of(shards, embedder), 0, (), Timing(1.0), 256))
     return folder
 
 
@@ -69,7 +66,7 @@ def test_one_page_shows_all_there_is(made: Path, copied: Path, capsys: pytest.Ca
 
 
 def test_thumbnails_are_of_the_samples_that_they_stand_for(made: Path) -> None:
-    pictures = Pictures(str(made / "data"), str(made / "out"))
+    pictures = Pictures(str(made / "data"), str(made / "out"), LAYER)
     shard = open_shard(made / "data/00000.tar")
     places = [("00000", shard.ids[i]) for i in (0, 16, 18, 63)]
     urls = pictures.of(places, 64)
@@ -123,10 +120,10 @@ def test_other_peoples_images_are_opened_in_one_place() -> None:
 
 
 def test_a_sample_holds_the_vectors_of_its_ids(made: Path) -> None:
-    sampled = sample_vectors(Folder(str(made / "out")), 40, np.random.default_rng(0))
+    sampled = sample_vectors(Folder(str(made / "out")), LAYER, 40, np.random.default_rng(0))
     assert len(set(sampled.places)) == len(sampled.vectors) == 40
     for place, vector in zip(sampled.places, sampled.vectors, strict=True):
-        rows = pq.read_table(made / f"out/embeddings/{place[0]}.parquet").to_pylist()
+        rows = pq.read_table(made / f"out/layers/image_embedding/{place[0]}.parquet").to_pylist()
         assert np.array_equal(next(row["image_embedding"] for row in rows if row["id"] == place[1]), vector)
 
 

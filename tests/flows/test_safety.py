@@ -128,13 +128,13 @@ def test_a_hostile_dataset_over_tls(
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out", "tls", "dask.log"}
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert written == {
-        "embeddings/0.parquet",
+        "layers/image_embedding/0.parquet",
         "metadata/0.parquet",
         "index/0.idx",
         "manifest.json",
         "README.md",
         "report.html",
-        "quarantine/0.parquet",  # the link
+        "quarantine/image_embedding/0.parquet",  # the link
         "schema.parquet",
     }
     for result in Path(os.environ["PREFECT_HOME"]).glob("storage/*"):

@@ -17,12 +17,10 @@ from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
 from flows.search import embed_image, embed_query, main
 from tasks.dataset.nearest import nearest
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.manifest import Timing, account, read_manifest, write_manifest
-from tasks.plan import MergeOptions, make_plan
 from tasks.shards import find_shards
 from tasks.storage.folder import Folder
+from tests.layers import LAYER, embed_all, plan_of
 
 PLACE = ("00000", 5)
 
@@ -36,10 +34,8 @@ def made(demo_dataset: Path, checkpoint: Path, tmp_path_factory: pytest.TempPath
         shutil.copy(demo_dataset / f"{name}.tar", folder / "data")
     embedder = TimmImageEmbedder("tf_efficientnet_lite0", checkpoint=checkpoint)
     shards = find_shards(str(folder / "data"), str(folder / "out"))
-    fingerprint = embedder.fingerprint()
-    embed_group(shards, embedder, EmbedOptions("key", digest(fingerprint), "cpu"))
-    plan = make_plan(shards, digest(fingerprint), MergeOptions("key", "image_embedding"))
-    write_manifest(account(plan, 0, (), fingerprint, Timing(1.0), 128))
+    embed_all(shards, embedder)
+    write_manifest(account(plan_of(shards, embedder), 0, (), Timing(1.0), 128))
     shard = open_shard(folder / "data/00000.tar")
     image = shard.images[PLACE[1]]
     assert image is not None
@@ -69,13 +65,13 @@ def test_a_photograph_finds_itself(
 
 def test_an_id_finds_the_same_as_a_product_of_all_vectors(made: Path, tmp_path: Path) -> None:
     assert main([str(made / "out"), "--id", "000000005", "--count", "7", "--sheet", str(tmp_path / "s.html")]) == 0
-    tables = [pq.read_table(made / f"out/embeddings/{name}.parquet") for name in ("00000", "00001")]
+    tables = [pq.read_table(made / f"out/layers/image_embedding/{name}.parquet") for name in ("00000", "00001")]
     ids = [i for table in tables for i in table["id"].to_pylist()]
     vectors = np.stack([v for table in tables for v in table["image_embedding"].to_numpy()])
     query = vectors[ids.index("000000005")]
     scores = vectors @ query
     expected = np.argsort(-scores)[:7]
-    found = nearest(Folder(str(made / "out")), query, 7)
+    found = nearest(Folder(str(made / "out")), LAYER, query, 7)
     assert [one.id for one in found] == [ids[i] for i in expected]
     assert np.allclose([one.score for one in found], scores[expected], atol=1e-6)
     assert all(one.id in (tmp_path / "s.html").read_text() for one in found)
@@ -83,7 +79,7 @@ def test_an_id_finds_the_same_as_a_product_of_all_vectors(made: Path, tmp_path: 
 
 def test_the_query_has_the_datasets_vector(made: Path, checkpoint: Path) -> None:
     vector = embed_image(made / "photo.jpg", TimmImageEmbedder("tf_efficientnet_lite0", checkpoint=checkpoint))
-    row = pq.read_table(made / "out/embeddings/00000.parquet").slice(5, 1)
+    row = pq.read_table(made / "out/layers/image_embedding/00000.parquet").slice(5, 1)
     assert float(vector @ row["image_embedding"].to_numpy()[0]) > 0.99999
 
 
@@ -127,10 +123,10 @@ def test_the_checkpoint_is_the_one_that_the_record_names(
     capsys.readouterr()
     now = tmp_path / "now/data/weights.safetensors"
     now.write_bytes(b"other weights")
-    assert f"{now} is another file by now; give the --checkpoint" in fails(capsys, tmp_path / "now/out", *call)
+    assert f"{now} is another file now; give the --checkpoint" in fails(capsys, tmp_path / "now/out", *call)
     now.unlink()
     said = fails(capsys, tmp_path / "now/out", *call)
-    assert f"was embedded with {weights}, which is not there any more; give --checkpoint" in said
+    assert f"was embedded with {weights}, which no longer exists; give --checkpoint" in said
 
 
 def test_a_hub_is_not_asked_for_what_is_on_this_machine(
@@ -162,7 +158,7 @@ def test_a_hub_is_not_asked_for_what_is_on_this_machine(
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):  # nobody has asked
             silent.accept()
-    row = pq.read_table(made / "out/embeddings/00000.parquet").slice(5, 1)
+    row = pq.read_table(made / "out/layers/image_embedding/00000.parquet").slice(5, 1)
     assert float(query @ row["image_embedding"].to_numpy()[0]) > 0.99999
 
 
@@ -174,4 +170,4 @@ def test_another_model_is_refused(
     manifest["embedder"]["normalized"] = False
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     call = (tmp_path / "out", "--image", made / "photo.jpg", "--checkpoint", checkpoint)
-    assert "by another embedder" in fails(capsys, *call)
+    assert "made by another model" in fails(capsys, *call)

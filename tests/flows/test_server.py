@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flows.server import LocalServer, check_server
-from tasks.cluster import own_cluster
+from tasks.own_cluster import own_cluster
 
 from .conftest import ROOT, TINY
 

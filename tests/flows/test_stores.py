@@ -23,9 +23,8 @@ import s3fs
 from embedders import TimmImageEmbedder
 from flows.embed import main
 from flows.sensor import new_shards
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.shards import find_shards
+from tests.layers import embed_all
 from tests.servers import Proxy, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -162,23 +161,23 @@ def check_dataset(run: Run, store: str, demo_dataset: Path, tmp_path: Path) -> N
     assert {"503", "cut", "hang"} <= set(run.proxy.faults)
     embedder = TimmImageEmbedder("test_vit.r160_in1k", pretrained=False)
     shards = find_shards(str(demo_dataset), str(tmp_path))[:2]
-    embed_group(shards, embedder, EmbedOptions("key", digest(embedder.fingerprint()), "cpu"))
+    embed_all(shards, embedder)
     found = rows(client(store), "bucket/out/metadata")
     assert len(found) == 2
     for shard in shards:
-        vectors = pq.read_table(tmp_path / shard.embeddings_file).to_pydict()
+        vectors = pq.read_table(tmp_path / shard.layer_file("image_embedding")).to_pydict()
         vector_of = dict(zip(vectors["id"], vectors["image_embedding"], strict=True))
         metadata = pq.read_table(demo_dataset / f"{shard.name}.parquet").to_pylist()
         expected = [row | {"image_embedding": vector_of[row["key"]]} for row in metadata if row["key"] in vector_of]
         assert found[f"{shard.name}.parquet"] == expected
     names = {path.removeprefix("bucket/out/") for path in client(store).find("bucket/out")}
-    kinds = {"embeddings": "parquet", "metadata": "parquet", "index": "idx"}
+    kinds = {"layers/image_embedding": "parquet", "metadata": "parquet", "index": "idx"}
     assert names == {f"{kind}/{shard.name}.{end}" for kind, end in kinds.items() for shard in shards} | {
         "README.md",
         "manifest.json",
         "report.html",
         "schema.parquet",
-        "quarantine/00000.parquet",
+        "quarantine/image_embedding/00000.parquet",
     }
 
 
@@ -218,7 +217,7 @@ def test_a_second_run_asks_for_footers_only(
     assert (done.status, done.manifest["shards_cached"]) == (0, 2), done.stderr
     assert not [path for _, path in proxy.requests if path.endswith(".tar")]
     assert [path for method, path in proxy.requests if method == "GET" and ".parquet" in path].count(
-        "/bucket/out/embeddings/00000.parquet"
+        "/bucket/out/layers/image_embedding/00000.parquet"
     ) <= 2  # this command plans twice: before the flow, and for the account
 
 

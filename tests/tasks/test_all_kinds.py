@@ -11,21 +11,19 @@ from PIL import Image
 
 from embedders import TimmImageEmbedder
 from embedders.quarantine import Reason
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 from tasks.shards import find_shards
 from tests.kinds import damaged, photograph, saved, whole
+from tests.layers import embed_all
 
 from .conftest import write_tar
 
 TINY = "test_vit.r160_in1k"
 
 
-def embed(dataset: Path, output: Path, **parameters: object) -> EmbeddingRecord:
+def embed(dataset: Path, output: Path, **parameters: object) -> LayerRecord:
     embedder = TimmImageEmbedder(TINY, pretrained=False, batch_size=16, **parameters)  # type: ignore[arg-type]
-    options = EmbedOptions("key", digest(embedder.fingerprint()), "cpu")
-    (record,) = embed_group(find_shards(str(dataset), str(output)), embedder, options)
+    (record,) = embed_all(find_shards(str(dataset), str(output)), embedder)
     return record
 
 
@@ -38,9 +36,10 @@ def test_the_account_of_a_shard_of_all_kinds(tmp_path: Path, loader: str) -> Non
     members |= {"no-image.txt": b"a caption", "no-bytes.jpg": b"", "two.jpg": good[0], "two.png": good[10]}
     write_tar(tmp_path / "data/00000.tar", members)
     record = embed(tmp_path / "data", tmp_path / loader, loader=loader)
-    embedded = pq.read_table(tmp_path / loader / "embeddings/00000.parquet")["id"].to_pylist()
+    embedded = pq.read_table(tmp_path / loader / "layers/image_embedding/00000.parquet")["id"].to_pylist()
     quarantined = {
-        r["id"]: r["reason"] for r in pq.read_table(tmp_path / loader / "quarantine/00000.parquet").to_pylist()
+        r["id"]: r["reason"]
+        for r in pq.read_table(tmp_path / loader / "quarantine/image_embedding/00000.parquet").to_pylist()
     }
     assert embedded == [f"{number:03}" for number in range(len(good))]
     named = {"no-image": Reason.MISSING_IMAGE, "no-bytes": Reason.EMPTY, "two": Reason.AMBIGUOUS_IMAGE}
@@ -64,7 +63,7 @@ def test_exif_turns_images_only_when_asked(tmp_path: Path, loader: str) -> None:
     write_tar(tmp_path / "data/00000.tar", members)
     for exif_rule, same_as in (("ignore", "turned"), ("apply", "upright")):
         embed(tmp_path / "data", tmp_path / exif_rule, loader=loader, exif=exif_rule)
-        table = pq.read_table(tmp_path / exif_rule / "embeddings/00000.parquet")
+        table = pq.read_table(tmp_path / exif_rule / "layers/image_embedding/00000.parquet")
         vector = dict(zip(table["id"].to_pylist(), table["image_embedding"].to_pylist(), strict=True))
         assert sum(a * b for a, b in zip(vector["marked"], vector[same_as], strict=True)) > 0.9999
 
@@ -78,7 +77,7 @@ def test_the_pixel_limit_is_the_callers(tmp_path: Path) -> None:
 def test_a_quarantine_that_went_away_is_made_again(tmp_path: Path) -> None:
     write_tar(tmp_path / "data/00000.tar", {"a.jpg": saved(photograph(), "JPEG"), "b.jpg": b""})
     embed(tmp_path / "data", tmp_path / "out")
-    quarantine = tmp_path / "out/quarantine/00000.parquet"
+    quarantine = tmp_path / "out/quarantine/image_embedding/00000.parquet"
     before = quarantine.read_bytes()
     quarantine.unlink()
     embed(tmp_path / "data", tmp_path / "out")

@@ -17,14 +17,14 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.dataset.metadata import read_metadata
+from tasks.dataset.metadata import json_metadata
 from tasks.dataset.vectors import vector_array, write_vectors
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
-from tasks.records import EmbeddingRecord, read_embedding_record
+from tasks.embed import EmbedOptions
+from tasks.records import LayerRecord, read_layer_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
+from tests.layers import LAYER, embed_all
 
 from .conftest import MakeShard
 
@@ -49,11 +49,11 @@ class Lengths(ImageEmbedder):
 
 
 def options(embedder: ImageEmbedder, **other: Any) -> EmbedOptions:
-    return EmbedOptions("key", fingerprint=digest(embedder.fingerprint()), device="cpu", **other)
+    return EmbedOptions("key", device="cpu", **other)
 
 
-def embed(shards: list[Shard], embedder: ImageEmbedder, **other: Any) -> list[EmbeddingRecord]:
-    return embed_group(shards, embedder, options(embedder, **other))
+def embed(shards: list[Shard], embedder: ImageEmbedder, **other: Any) -> list[LayerRecord]:
+    return embed_all(shards, embedder, **other)
 
 
 def failures(shards: list[Shard], embedder: ImageEmbedder, **other: Any) -> dict[str, str]:
@@ -70,16 +70,16 @@ def test_a_group_becomes_embeddings_quarantine_and_index(make_shard: MakeShard, 
     whole, bad = make_shard("0"), make_shard("1", d__jpg=b"<html>", e__txt=b"1", f__jpg=b"")
     records = embed([whole, bad], tiny)
     assert list(files(whole.target)) == [
-        "embeddings/0.parquet",
-        "embeddings/1.parquet",
         "index/0.idx",
         "index/1.idx",
-        "quarantine/1.parquet",
+        "layers/image_embedding/0.parquet",
+        "layers/image_embedding/1.parquet",
+        "quarantine/image_embedding/1.parquet",
     ]
-    assert [read_embedding_record(s.target, s.embeddings_file) for s in (whole, bad)] == records
+    assert [read_layer_record(s.target, s.layer_file("image_embedding")) for s in (whole, bad)] == records
     assert [(r.samples, r.embedded, r.dimensions) for r in records] == [(3, 3, 64), (6, 3, 64)]
     assert records[1].quarantined == {"not_an_image": 1, "missing_image": 1, "empty": 1}
-    found = pq.read_table(bad.target.path(bad.quarantine_file)).to_pylist()
+    found = pq.read_table(bad.target.path(bad.quarantine_file(LAYER))).to_pylist()
     assert [(row["id"], row["member"], row["reason"]) for row in found] == [
         ("d", "d.jpg", "not_an_image"),
         ("e", "e.txt", "missing_image"),
@@ -90,7 +90,7 @@ def test_a_group_becomes_embeddings_quarantine_and_index(make_shard: MakeShard, 
 def test_vectors_are_normalised_contiguous_lists_of_float32(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
     shard = make_shard(keys=tuple("abcde"))
     embed([shard], tiny)
-    table = pq.read_table(shard.target.path(shard.embeddings_file), page_checksum_verification=True)
+    table = pq.read_table(shard.target.path(shard.layer_file("image_embedding")), page_checksum_verification=True)
     assert table.column("id").to_pylist() == list("abcde")
     assert str(table.schema.field("image_embedding").type) == "list<element: float not null>"
     matrix = table.column("image_embedding").combine_chunks().flatten().to_numpy().reshape(5, 64)
@@ -114,7 +114,7 @@ def test_a_tar_that_was_replaced_fails_by_name(make_shard: MakeShard) -> None:
     shards = [make_shard("0"), make_shard("1")]
     make_shard("1", keys=("x", "y"), z__txt=bytes(100_000))
     assert list(failures(shards, Lengths())) == ["1"]
-    assert "embeddings/1.parquet" not in files(shards[0].target)
+    assert "layers/image_embedding/1.parquet" not in files(shards[0].target)
 
 
 def test_a_tar_that_is_replaced_while_it_is_read_fails_by_name(make_shard: MakeShard) -> None:
@@ -126,14 +126,14 @@ def test_a_tar_that_is_replaced_while_it_is_read_fails_by_name(make_shard: MakeS
             return super().load_dataset_shard(tar_path)
 
     assert "was replaced" in failures([shard], Replaces())["0"]
-    assert "embeddings/0.parquet" not in files(shard.target)
+    assert "layers/image_embedding/0.parquet" not in files(shard.target)
 
 
 def test_an_old_quarantine_goes_when_its_shard_is_whole(make_shard: MakeShard) -> None:
     shard = make_shard(d__jpg=b"")
-    shard.target.write_text(shard.quarantine_file, "old")
+    shard.target.write_text(shard.quarantine_file(LAYER), "old")
     embed([renamed(make_shard(), "mended")], Lengths())
-    assert "quarantine/00000.parquet" not in files(shard.target)
+    assert "quarantine/image_embedding/00000.parquet" not in files(shard.target)
 
 
 def test_a_damaged_tar_fails_by_name_and_stops_no_other(make_shard: MakeShard, tmp_path: Path) -> None:
@@ -145,7 +145,10 @@ def test_a_damaged_tar_fails_by_name_and_stops_no_other(make_shard: MakeShard, t
     assert list(found) == ["1", "2"]
     assert found["1"].startswith("1.tar: cut short")
     assert "FileNotFoundError" in found["2"]
-    assert [file.name for file in Folder(f"{tmp_path}/out/embeddings").list("")] == ["0.parquet", "3.parquet"]
+    assert [file.name for file in Folder(f"{tmp_path}/out/layers/image_embedding").list("")] == [
+        "0.parquet",
+        "3.parquet",
+    ]
 
 
 def test_an_empty_tar_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
@@ -153,14 +156,14 @@ def test_an_empty_tar_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) ->
         shard = renamed(make_shard(keys=()), type(embedder).__name__)
         (record,) = embed([shard], embedder)
         assert (record.samples, record.embedded) == (0, 0)
-        assert read_embedding_record(shard.target, shard.embeddings_file) == record
+        assert read_layer_record(shard.target, shard.layer_file("image_embedding")) == record
 
 
 def test_a_tar_of_bad_images_only_is_done(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
     shard = make_shard(keys=(), a__jpg=b"<html>", b__jpg=b"")
     (record,) = embed([shard], tiny)
     assert (record.samples, record.embedded, sum(record.quarantined.values())) == (2, 0, 2)
-    assert pq.read_metadata(shard.target.path(shard.embeddings_file)).num_rows == 0
+    assert pq.read_metadata(shard.target.path(shard.layer_file("image_embedding"))).num_rows == 0
 
 
 def test_raise_fails_the_shard_of_a_bad_image(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:
@@ -168,7 +171,7 @@ def test_raise_fails_the_shard_of_a_bad_image(make_shard: MakeShard, tiny: TimmI
     found = failures(shards, tiny, raise_on_bad_image=True)
     assert list(found) == ["1"]
     assert found["1"].startswith("1.tar: d.jpg: not_an_image")
-    assert "embeddings/1.parquet" not in files(shards[0].target)
+    assert "layers/image_embedding/1.parquet" not in files(shards[0].target)
 
 
 def test_an_embedder_that_stops_fails_the_rest_and_only_the_rest(make_shard: MakeShard) -> None:
@@ -176,7 +179,9 @@ def test_an_embedder_that_stops_fails_the_rest_and_only_the_rest(make_shard: Mak
     shards = [renamed(shard, "same") for shard in shards]  # copied in one go, shards may have one fingerprint
     found = failures(shards, Lengths(stop_at="2.tar"))
     assert set(found.values()) == {"RuntimeError: the decoder went away"}
-    done = {file.name.removesuffix(".parquet") for file in Folder(f"{shards[0].output}/embeddings").list("")}
+    done = {
+        file.name.removesuffix(".parquet") for file in Folder(f"{shards[0].output}/layers/image_embedding").list("")
+    }
     assert done | set(found) == {"0", "1", "2", "3"}
     assert done.isdisjoint(found)
     assert {"2", "3"} <= set(found)
@@ -198,7 +203,7 @@ def test_names_that_are_not_utf8_reach_the_files(make_shard: MakeShard, tiny: Ti
     (shard,) = find_shards(shard.dataset, shard.output)
     (record,) = embed([shard], tiny)
     assert (record.embedded, sum(record.quarantined.values())) == (3, 2)
-    found = pq.read_table(shard.target.path(shard.quarantine_file)).to_pylist()
+    found = pq.read_table(shard.target.path(shard.quarantine_file(LAYER))).to_pylist()
     assert [row["member"] for row in found] == ["caf\\udce9.jpg", "\\udcfc.jpg"]
 
 
@@ -207,7 +212,7 @@ def test_a_store_without_paths_is_read_and_written(make_shard: MakeShard, tmp_pa
     Folder("memory://embed/data").fs.put_file(tmp_path / "data/00000.tar", "/embed/data/00000.tar")
     (shard,) = find_shards("memory://embed/data", "memory://embed/out")
     (record,) = embed([shard], Lengths())
-    assert read_embedding_record(shard.target, shard.embeddings_file) == record
+    assert read_layer_record(shard.target, shard.layer_file("image_embedding")) == record
 
 
 @pytest.mark.parametrize("column", ["image_embedding", "clip.image", "an embedding"])
@@ -232,7 +237,7 @@ def test_the_record_tells_what_is_part_of_no_sample_and_of_a_doubtful_end(
         assert record.doubt == "it has no end-of-archive mark"
         assert shard.target.has(shard.index_file)
         if not indexed:
-            os.remove(shard.target.path(shard.embeddings_file))
+            os.remove(shard.target.path(shard.layer_file("image_embedding")))
 
 
 def test_keys_by_the_last_dot_join_their_metadata(
@@ -245,7 +250,7 @@ def test_keys_by_the_last_dot_join_their_metadata(
     (shard,) = find_shards(shard.dataset, shard.output, "last")
     (by_last,) = embed([shard], tiny)
     assert (by_last.embedded, by_last.quarantined) == (2, {})
-    assert read_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]
+    assert json_metadata(shard, "key").to_pylist() == [{"key": name, "caption": name} for name in names]
 
 
 class Leaves(Lengths):
@@ -262,8 +267,7 @@ class Leaves(Lengths):
             raise self._error
         return super().load_embedding_model(device)
 
-    @property
-    def decoder(self) -> str:
+    def precision_on(self, device: str) -> str:
         if self._where == "write":
             raise self._error
         return ""

@@ -20,11 +20,10 @@ import pytest
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
+from tests.layers import embed_all
 
 from .conftest import MakeShard, write_tar
 
@@ -70,9 +69,8 @@ class Wide(ImageEmbedder):
 
 def run(shards: list[Shard], embedder: ImageEmbedder) -> tuple[int, set[str]]:
     """Embed a group: how many shards were done, and which failed."""
-    options = EmbedOptions("key", digest(embedder.fingerprint()), "cpu")
     try:
-        return len(embed_group(shards, embedder, options)), set()
+        return len(embed_all(shards, embedder)), set()
     except ShardsFailed as failed:
         return len(shards) - len(failed.failures), {failure.shard for failure in failed.failures}
 

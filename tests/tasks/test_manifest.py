@@ -7,22 +7,24 @@ from typing import Any
 import pytest
 
 from tasks.manifest import Manifest, Timing, account
-from tasks.plan import MergeOptions, Plan
-from tasks.records import EmbeddingRecord
+from tasks.merge_options import MergeOptions
+from tasks.plan import Layer, Plan
+from tasks.records import LayerRecord
 from tasks.shards import Shard
+from tests.layers import LAYER, layer_record, recipe_named
 
 
-def record(good: int, bad: int = 0, **fields: Any) -> EmbeddingRecord:
+def record(good: int, bad: int = 0, **fields: Any) -> LayerRecord:
     reasons = {"truncated": bad} if bad else {}
-    return EmbeddingRecord("key", "e", good + bad, good, reasons, 8, **fields)
+    return layer_record(good, reasons, dimensions=8, **fields)
 
 
-def accounted(*records: EmbeddingRecord, limit: float | None = None) -> Manifest:
+def accounted(*records: LayerRecord, limit: float | None = None) -> Manifest:
     names = [f"{number:05}" for number in range(len(records))]
     shards = tuple(Shard(name, "/data", "/out", 1, "1-1", None) for name in names)
-    options = MergeOptions("key", "image_embedding")
-    plan = Plan(shards, "e", options, dict(zip(names, records, strict=True)), {})
-    return account(plan, 0, (), {"model": "m"}, Timing(1.0), 0, max_quarantined=limit)
+    layer = Layer(LAYER, "e", {"model": "m"}, True, dict(zip(names, records, strict=True)))
+    plan = Plan(shards, (recipe_named("e"),), MergeOptions("key"), (layer,), {})
+    return account(plan, 0, (), Timing(1.0), 0, max_quarantined=limit)
 
 
 @pytest.mark.parametrize(

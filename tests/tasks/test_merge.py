@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +17,28 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, Future, LocalCluster
 
-from embedders.engine import EmbeddedShard
+from embedders.errors import InputError
 from embedders.quarantine import QuarantinedSample
 from embedders.webdataset import open_shard
+from tasks import layer_rows
 from tasks import merge as merge_stage
 from tasks.dataset.column_types import same_tables
 from tasks.dataset.description import footer
 from tasks.dataset.metadata import check_metadata
 from tasks.dataset.vectors import VectorFormat, write_groups
-from tasks.embed import write_embeddings
-from tasks.merge import merge_group
-from tasks.plan import MergeOptions
-from tasks.records import MergeRecord, read_merge_record
+from tasks.keys import layer_key
+from tasks.layers import LayerWriter
+from tasks.merge import merge_group, merge_shard
+from tasks.merge_options import MergeOptions
+from tasks.plan import Layer, check_column_names, merged_columns
+from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
 from tasks.retries import ShardsFailed
-from tasks.shards import Shard
-from tests.embedders.test_engine import Colours
+from tasks.shards import Shard, find_shards
 
 from .conftest import MakeShard
 
-OPTIONS = MergeOptions("key", "image_embedding")
+OPTIONS = MergeOptions("key")
+COLUMN = "image_embedding"
 VECTOR = {"a": [0.0, 0.5], "b": [1.0, 0.5], "c": [2.0, 0.5]}
 
 
@@ -46,19 +51,64 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def embedded(shard: Shard, id_col: str = "key", without: tuple[str, ...] = (), scale: float = 1) -> Shard:
-    """The shard with an embeddings file: the n-th sample has the vector (n, 0.5); some are quarantined."""
+def embedded(
+    shard: Shard,
+    id_col: str = "key",
+    without: tuple[str, ...] = (),
+    scale: float = 1,
+    layer: str = COLUMN,
+    columns: Mapping[str, np.ndarray] | None = None,
+) -> Shard:
+    """The shard with a layer: the n-th sample has the vector (n, 0.5), or row n of `columns`; some are quarantined."""
     opened = open_shard(shard.source.path(shard.tar), id_col)
-    kept = [i for i, sample in enumerate(opened.ids) if i not in opened.unusable and sample not in without]
-    gone = [QuarantinedSample(name, "", "corrupt", "") for i, name in enumerate(opened.ids) if i not in kept]
-    vectors = scale * np.array([[i, 0.5] for i in kept], np.float32).reshape(-1, 2)
-    result = EmbeddedShard(opened, [opened.ids[i] for i in kept], vectors, gone, 0.0)
-    write_embeddings(shard, result, Colours(), "e")
+    ids = opened.ids_at(np.arange(opened.count)).to_pylist()
+    bad = opened.samples.unusable
+    kept = np.array([i for i, name in enumerate(ids) if i not in bad and name not in without], np.int64)
+    gone = [QuarantinedSample(name, "", "corrupt", "") for i, name in enumerate(ids) if i not in kept]
+    if columns is None:
+        columns = {layer: scale * np.array([[i, 0.5] for i in range(len(ids))], np.float32)}
+    with LayerWriter(shard, layer) as writer:
+        if len(kept):
+            given = {name: values[kept] for name, values in columns.items()}
+            writer.add(kept, pa.array([ids[i] for i in kept], pa.string()), given)
+        writer.flush()
+        reasons = dict(Counter(sample.reason for sample in gone))
+        made = writer.columns or {layer: Column("float32", (0,))}
+        key = layer_key(shard, layer, "e", id_col)
+        record = LayerRecord(key, layer, "e", len(ids), len(kept), reasons, writer.rows, made)
+        writer.finish(record, gone)
     return shard
 
 
-def merge(client: Client, *shards: Shard, **options: Any) -> list[MergeRecord]:
-    return merge_group(shards, replace(OPTIONS, **options), "pandas", client)
+def layers_of(*shards: Shard) -> list[Layer]:
+    """What the planner reads of the layers of some shards."""
+    names = sorted(path.name for path in Path(shards[0].target.path("layers")).iterdir())
+    found = []
+    for name in names:
+        records = {s.name: read_layer_record(s.target, s.layer_file(name)) for s in shards}
+        found.append(Layer(name, "e", {}, False, {shard: it for shard, it in records.items() if it is not None}))
+    return found
+
+
+def options_of(layers: list[Layer], **options: Any) -> MergeOptions:
+    names, columns = tuple(layer.name for layer in layers), tuple(merged_columns(layers))
+    return replace(OPTIONS, layers=names, columns=columns, **options)
+
+
+def merge(client: Client, *shards: Shard, join: Any = "auto", **options: Any) -> list[MergeRecord]:
+    layers = layers_of(*shards)
+    records = {s.name: {it.name: it.records[s.name] for it in layers if s.name in it.records} for s in shards}
+    return merge_group(shards, records, options_of(layers, **options), client, join)
+
+
+def merge_here(shard: Shard, **options: Any) -> MergeRecord:
+    layers = layers_of(shard)
+    return merge_shard(shard, {it.name: it.records[shard.name] for it in layers}, options_of(layers, **options))
+
+
+def drop_layer(shard: Shard, name: str) -> None:
+    """What a user does: delete the folder."""
+    shutil.rmtree(shard.target.path(f"layers/{name}"))
 
 
 def merged(shard: Shard) -> pa.Table:
@@ -78,9 +128,9 @@ def test_rows_keep_their_order_and_get_their_own_vector(client: Client, make_sha
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cudf") is not None, reason="here cuDF is installed, and needs a GPU")
-def test_a_gpu_without_cudf_joins_on_pandas(client: Client, make_shard: MakeShard) -> None:
+def test_without_cudf_arrow_joins(client: Client, make_shard: MakeShard) -> None:
     shard = embedded(make_shard(metadata={"key": ["c", "a", "b"]}))
-    (record,) = merge_group([shard], OPTIONS, "cudf", client)
+    (record,) = merge(client, shard, join="cudf")
     assert record.rows == 3
     assert merged(shard)["image_embedding"].to_pylist() == [VECTOR["c"], VECTOR["a"], VECTOR["b"]]
 
@@ -163,12 +213,14 @@ def test_a_shard_without_any_embedding_merges(client: Client, make_shard: MakeSh
 
 
 def test_an_older_embedding_column_of_ours_is_replaced(client: Client, make_shard: MakeShard) -> None:
-    made = footer(pa.schema([]), {"column": "image_embedding"})
+    made = footer(pa.schema([]), [{"column": COLUMN, "layer": COLUMN}])
     table = pa.table({"key": ["a"], "image_embedding": [[9.0]], "n": [1]}).replace_schema_metadata(made)
     shard = embedded(make_shard(metadata=table))
     merge(client, shard)
     assert merged(shard).to_pydict() == {"key": ["a"], "n": [1], "image_embedding": [VECTOR["a"]]}
-    merge(client, shard, column="clip.b32")
+    drop_layer(shard, COLUMN)
+    embedded(shard, layer="clip.b32")
+    merge(client, shard)
     assert merged(shard).column_names == ["key", "image_embedding", "n", "clip.b32"]
 
 
@@ -192,8 +244,11 @@ def test_json_members_with_the_embedding_column_are_refused(client: Client, make
 
 def test_in_place_columns_of_several_models_stay_ours(client: Client, make_shard: MakeShard) -> None:
     shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
-    for column in ("image_embedding", "clip", "image_embedding", "clip"):
-        merge(client, shard, in_place=True, column=column)
+    for layer in ("clip", COLUMN, "clip"):  # one at a time, as runs do that know nothing of each other
+        merge(client, shard, in_place=True)
+        drop_layer(shard, "clip" if layer == COLUMN else COLUMN)
+        embedded(shard, layer=layer)
+        merge(client, shard, in_place=True)
     table = pq.read_table(shard.source.path("00000.parquet"))
     assert sorted(table.column_names) == ["clip", "image_embedding", "key"]
     assert table["clip"].to_pylist() == table["image_embedding"].to_pylist() == list(VECTOR.values())
@@ -260,7 +315,7 @@ def test_shards_of_one_group_may_differ_in_their_columns(client: Client, make_sh
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_damaged_page_is_noticed_and_fails_its_shard_alone(client: Client, make_shard: MakeShard, which: int) -> None:
     shards = [embedded(make_shard(name, metadata={"key": ["a", "b"]})) for name in ("0", "1", "2")]
-    path = Path(shards[which].target.path(shards[which].embeddings_file))
+    path = Path(shards[which].target.path(shards[which].layer_file(COLUMN)))
     data = bytearray(path.read_bytes())
     at = data.index(np.array([1.0, 0.5, 2.0], np.float32).tobytes())
     data[at] ^= 1
@@ -346,7 +401,7 @@ def test_metadata_changed_for_the_worse_is_refused(
 
 
 def test_many_row_groups_in_any_order(client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_stage, "rows_a_group", lambda dimensions: 7)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 7)
     keys = tuple(f"{n:03}" for n in range(100))
     order = np.random.default_rng(0).permutation(100)
     shard = embedded(make_shard(keys=keys, metadata={"key": [keys[n] for n in order]}), without=keys[10:30:3])
@@ -401,3 +456,212 @@ def test_a_retry_at_once_is_not_given_the_former_error(
     path.write_bytes(good)
     assert merge(client, shard)[0].rows == 3
     del caught  # held the futures so far
+
+
+# --- several layers ---------------------------------------------------------------------------------------------------
+
+FORMS = [
+    VectorFormat(kind, dtype, encoding)
+    for kind in ("list", "fixed_size_list")
+    for dtype in ("float32", "float16")
+    for encoding in ("plain", "byte_stream_split")
+]
+
+
+def scored(shard: Shard, without: tuple[str, ...] = ()) -> Shard:
+    """The shard with a second layer: a number, integers and a flag for each sample."""
+    numbers = {
+        "score": np.array([0.1, 0.2, 0.3]),
+        "boxes": np.array([[1, -2], [3, 2**31 - 1], [5, 6]], np.int32),
+        "nice": np.array([True, False, True]),
+    }
+    return embedded(shard, layer="scores", without=without, columns=numbers)
+
+
+def test_two_layers_with_other_samples_in_quarantine_join(client: Client, make_shard: MakeShard) -> None:
+    """A row stays if any layer has a value; a layer without one is null there, as is one that lacks the shard."""
+    table = {"text": ["D", "C", "B", "A"], "key": ["d", "c", "b", "a"]}
+    keys = ("a", "b", "c", "d")
+    first, second = make_shard("0", keys=keys, metadata=table), make_shard("1", keys=keys, metadata=table)
+    for shard in (first, second):
+        embedded(shard, without=("b", "d"))
+    scores = {"score": np.array([0.5, 1.5, 2.5, 3.5])}
+    embedded(first, layer="aesthetic", without=("a", "d"), columns=scores)
+    one, other = merge(client, first, second)
+    assert merged(first).to_pydict() == {
+        "text": ["C", "B", "A"],
+        "key": ["c", "b", "a"],
+        "score": [2.5, 1.5, None],
+        "image_embedding": [VECTOR["c"], None, VECTOR["a"]],
+    }
+    assert merged(second).to_pydict() == {
+        "text": ["C", "A"],
+        "key": ["c", "a"],
+        "score": [None, None],
+        "image_embedding": [VECTOR["c"], VECTOR["a"]],
+    }
+    assert merged(first).schema.types == merged(second).schema.types
+    assert (one.rows, one.rows_without_embedding, one.unmatched) == (3, 1, 0)
+    assert (other.rows, other.rows_without_embedding, other.unmatched) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("order", [["a", "b", "c", "z"], ["c", "z", "a", "b"]])
+def test_numbers_and_integers_are_the_same_in_every_form(
+    client: Client, make_shard: MakeShard, form: VectorFormat, order: list[str]
+) -> None:
+    shard = scored(embedded(make_shard(metadata={"key": order}), without=("a",)), without=("b",))
+    merge(client, shard, form=form, null_rows=True)
+    found = {row["key"]: row for row in merged(shard).to_pylist()}
+    assert list(found) == order
+    assert found["a"] == {"key": "a", "score": 0.1, "boxes": [1, -2], "nice": True, COLUMN: None}
+    assert found["b"] == {"key": "b", "score": None, "boxes": None, "nice": None, COLUMN: VECTOR["b"]}
+    assert found["c"] == {"key": "c", "score": 0.3, "boxes": [5, 6], "nice": True, COLUMN: VECTOR["c"]}
+    assert found["z"] == {"key": "z", "score": None, "boxes": None, "nice": None, COLUMN: None}
+    types = merged(shard).schema
+    assert types.field("score").type == pa.float64()
+    assert types.field("boxes").type == form.arrow_type(2, "int32")
+    assert types.field(COLUMN).type == form.arrow_type(2)
+
+
+def test_columns_keep_the_order_of_their_layers_and_follow_the_users(client: Client, make_shard: MakeShard) -> None:
+    shard = scored(embedded(make_shard(metadata={"z": [1, 2, 3], "key": ["a", "b", "c"], "a": [4, 5, 6]})))
+    embedded(shard, layer="another")
+    merge(client, shard)
+    assert merged(shard).column_names == ["z", "key", "a", "another", COLUMN, "score", "boxes", "nice"]
+
+
+def test_a_dropped_layer_leaves_the_dataset_and_nothing_else_changes(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["b", "a", "c"]}), without=("c",))
+    merge(client, shard)
+    before = merged(shard)
+    scored(shard)
+    merge(client, shard)
+    assert (merged(shard).num_rows, merged(shard).column_names) == (3, ["key", COLUMN, "score", "boxes", "nice"])
+    drop_layer(shard, "scores")
+    merge(client, shard)
+    assert merged(shard).equals(before)
+
+
+def test_layers_with_one_column_name_are_refused(make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a"]}))
+    embedded(shard, layer="other", columns={COLUMN: np.zeros((3, 2), np.float32)})
+    with pytest.raises(InputError, match="layers 'image_embedding' and 'other' both have a column 'image_embedding'"):
+        check_column_names(layers_of(shard))
+
+
+def test_tensors_and_several_rows_per_sample_stay_in_their_layer(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
+    embedded(shard, layer="tokens", without=("c",), columns={"tokens": np.zeros((3, 2, 2), np.float32)})
+    frames = pa.table({"id": list("aabc"), "part": [0, 1, 0, 0], "frames": [0.5, 1.5, 2.5, 3.5]})
+    columns = {"part": Column("int64", ()), "frames": Column("float64", ())}
+    record = LayerRecord(layer_key(shard, "frames", "e", "key"), "frames", "e", 3, 3, {}, 4, columns)
+    frames = frames.cast(with_record(frames.schema, record))
+    shard.target.write(shard.layer_file("frames"), lambda path: pq.write_table(frames, path))
+    (record_of_merge,) = merge(client, shard)
+    assert merged(shard).column_names == ["key", COLUMN]
+    assert (record_of_merge.rows, record_of_merge.embeddings_without_row) == (3, 0)
+
+
+def test_in_place_two_layers_are_added_and_every_row_stays(client: Client, make_shard: MakeShard) -> None:
+    table = pa.table({"key": ["z", "b", "a"], "text": ["Z", "B", "A"]})
+    shard = scored(embedded(make_shard(metadata=table), without=("a",)), without=("b",))
+    for _ in range(2):  # the second time it replaces what is its own
+        merge(client, shard, in_place=True)
+        after = pq.read_table(shard.source.path("00000.parquet"))
+        assert after.select(["key", "text"]).equals(table)
+        assert after[COLUMN].to_pylist() == [None, VECTOR["b"], None]
+        assert after["score"].to_pylist() == [None, None, 0.1]
+        assert after.column_names == ["key", "text", COLUMN, "score", "boxes", "nice"]
+
+
+# --- large shards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_rows_in_another_order_come_from_memory_or_from_a_file(
+    client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    monkeypatch.setattr(layer_rows, "HELD_BYTES", held)
+    monkeypatch.setattr(layer_rows, "BATCH_BYTES", 24)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 7)
+    keys = tuple(f"{n:03}" for n in range(40))
+    order = np.random.default_rng(0).permutation(40)
+    shard = embedded(make_shard(keys=keys, metadata={"key": [keys[n] for n in order]}))
+    merge(client, shard)
+    assert [vector[0] for vector in merged(shard)[COLUMN].to_pylist()] == order.tolist()
+
+
+@pytest.mark.parametrize("null_rows", [False, True])
+def test_gaps_on_either_side_of_the_layers_order(
+    client: Client, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch, null_rows: bool
+) -> None:
+    """Rows without an image and images without a row, at both ends and between, across batches and row groups."""
+    monkeypatch.setattr(layer_rows, "BATCH_BYTES", 24)
+    monkeypatch.setattr(merge_stage, "group_rows", lambda options: 4)
+    keys = tuple(f"{n:03}" for n in range(30))
+    rows = [key for n, key in enumerate(keys) if n not in (0, 1, 11, 12, 13, 29)]
+    rows = ["x0", "x1", "x2", "x3", "x4", *rows[:9], "y", *rows[9:], "z0", "z1"]
+    shard = embedded(make_shard(keys=keys, metadata={"key": rows}), without=keys[4:9])
+    merge(client, shard, null_rows=null_rows)
+    found = dict(zip(merged(shard)["key"].to_pylist(), merged(shard)[COLUMN].to_pylist(), strict=True))
+    there = [key for key in rows if key in keys and key not in keys[4:9]]
+    assert [key for key, vector in found.items() if vector is not None] == there
+    assert list(found) == (rows if null_rows else there)
+    assert all(vector == [int(key), 0.5] for key, vector in found.items() if vector is not None)
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((3, 2, 2), np.float32), np.array([0.5, 1.5, 2.5])], ids=["tensors", "numbers"]
+)
+def test_a_shard_without_any_value_stops_no_other(client: Client, make_shard: MakeShard, values: np.ndarray) -> None:
+    names = ("0", "1", "2")
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b", "c"]})) for name in names]
+    for shard, without in zip(shards, (("a", "b", "c"), (), ("b",)), strict=True):
+        embedded(shard, layer="x", without=without, columns={"x": values})
+    assert [record.rows for record in merge(client, *shards)] == [3, 3, 3]
+    if values.ndim == 1:
+        assert merged(shards[0])["x"].to_pylist() == [None] * 3
+        assert merged(shards[2])["x"].to_pylist() == [0.5, None, 2.5]
+    else:
+        assert merged(shards[1]).column_names == ["key", COLUMN]
+
+
+def test_a_shard_whose_column_is_of_another_type_fails_by_name(client: Client, make_shard: MakeShard) -> None:
+    shards = [embedded(make_shard(name, metadata={"key": ["a", "b", "c"]})) for name in ("0", "1")]
+    embedded(shards[0], layer="x", columns={"x": np.array([1, 2, 3])})
+    embedded(shards[1], layer="x", columns={"x": np.array([0.5, 1.5, 2.5])})
+    with pytest.raises(ShardsFailed) as caught:
+        merge(client, *shards)
+    (failure,) = caught.value.failures
+    assert failure.error.startswith(
+        "layers/x/1.parquet: column 'x' has float64 of shape (), and in another shard int64"
+    )
+    assert not failure.transient
+
+
+def test_a_damaged_layer_fails_by_the_name_of_its_file(client: Client, make_shard: MakeShard) -> None:
+    shard = embedded(make_shard(metadata={"key": ["a", "b", "c"]}))
+    embedded(shard, layer="x", columns={"x": np.arange(3.0)})
+    path = Path(shard.target.path(shard.layer_file("x")))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(3.0).tobytes()[8:])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ShardsFailed, match=r"layers/x/00000\.parquet: damaged .*delete it, and run the command that"):
+        merge(client, shard)
+
+
+def test_in_place_columns_of_a_layer_that_has_them_no_more_go(client: Client, make_shard: MakeShard) -> None:
+    shard = scored(embedded(make_shard(metadata={"key": ["a", "b", "c"]})))
+    merge(client, shard, in_place=True)
+    in_place = Path(shard.source.path(f"{shard.name}.parquet"))
+    assert pq.read_schema(in_place).names == ["key", COLUMN, "score", "boxes", "nice"]
+    (shard,) = find_shards(shard.dataset, shard.output)
+    embedded(shard, layer="scores", columns={"score": np.array([7.0, 8.0, 9.0])})
+    merge(client, shard, in_place=True)
+    assert pq.read_table(in_place).to_pydict()["score"] == [7.0, 8.0, 9.0]
+    assert pq.read_schema(in_place).names == ["key", COLUMN, "score"]
+    (shard,) = find_shards(shard.dataset, shard.output)
+    drop_layer(shard, "scores")  # what it had may be wanted: the file is the user's own
+    merge(client, shard, in_place=True)
+    assert pq.read_schema(in_place).names == ["key", "score", COLUMN]

@@ -13,12 +13,16 @@ import pytest
 from embedders.errors import InputError
 from embedders.samples import Component, Sample, TarIndex
 from embedders.tar_index import format_index
-from tasks.keys import embedding_key, merge_key
-from tasks.plan import MAX_TASKS, MergeOptions, Plan, group_shards, make_plan
-from tasks.records import EmbeddingRecord, MergeRecord, with_record
+from tasks.keys import layer_key, merge_key
+from tasks.merge_options import MergedColumn, MergeOptions
+from tasks.plan import MAX_TASKS, Plan, group_shards, make_plan
+from tasks.records import LayerRecord, MergeRecord, with_record
 from tasks.shards import Shard
+from tests.layers import LAYER, layer_record, recipe_named
 
-OPTIONS = MergeOptions("key", "image_embedding")
+OPTIONS = MergeOptions("key")
+E, F = (recipe_named("e"),), (recipe_named("f"),)
+MERGED = replace(OPTIONS, columns=(MergedColumn(LAYER, LAYER, "float32", (4,)),))
 
 
 @pytest.fixture
@@ -27,12 +31,13 @@ def shards(tmp_path: Path) -> list[Shard]:
     made = [Shard(f"a/{n}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(3)]
     for shard in made:
         bad = {"empty": 1} if shard is made[2] else {}
-        key = embedding_key(shard, "e", "key")
-        record = EmbeddingRecord(key, "e", 2 + len(bad), 2, bad, 4)
-        write(shard, shard.embeddings_file, record)
-        write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
+        record = layer_record(2, bad, key=layer_key(shard, "image_embedding", "e", "key"), recipe="e")
+        write(shard, shard.layer_file(LAYER), record)
+        write(
+            shard, shard.merged_file, MergeRecord(merge_key(shard, {LAYER: record.version}, MERGED.as_dict()), 2, 0, 0)
+        )
     bad = pa.table({"id": ["2"]})
-    made[2].target.write(made[2].quarantine_file, lambda path: pq.write_table(bad, path))
+    made[2].target.write(made[2].quarantine_file(LAYER), lambda path: pq.write_table(bad, path))
     for shard, samples in zip(made, (2, 2, 3), strict=True):
         shard.target.write_text(shard.index_file, index_of(shard, samples))
     return made
@@ -41,10 +46,10 @@ def shards(tmp_path: Path) -> list[Shard]:
 def index_of(shard: Shard, samples: int) -> str:
     """The index of a tar with so many samples of one image."""
     found = [Sample(f"{i}", (Component("jpg", 512 + 1024 * i, 9, f"{i}.jpg"),)) for i in range(samples)]
-    return format_index(TarIndex(tuple(found)), shard.tar_fingerprint)
+    return format_index(TarIndex.of(found), shard.tar_fingerprint)
 
 
-def write(shard: Shard, name: str, record: EmbeddingRecord | MergeRecord) -> None:
+def write(shard: Shard, name: str, record: LayerRecord | MergeRecord) -> None:
     table = pa.table({"id": ["0", "1"]})
     shard.target.write(name, lambda path: pq.write_table(table.cast(with_record(table.schema, record)), path))
 
@@ -54,18 +59,18 @@ def left(plan: Plan) -> tuple[list[str], list[str]]:
 
 
 def test_what_is_done_is_not_planned(shards: list[Shard]) -> None:
-    assert left(make_plan(shards, "e", OPTIONS)) == ([], [])
+    assert left(make_plan(shards, E, OPTIONS)) == ([], [])
 
 
 def test_an_empty_output_is_planned_whole(tmp_path: Path) -> None:
     shards = [Shard(str(n), "/data", str(tmp_path / "new"), 10, "10-1", None) for n in range(3)]
-    assert left(make_plan(shards, "e", OPTIONS)) == (["0", "1", "2"], [])
+    assert left(make_plan(shards, E, OPTIONS)) == (["0", "1", "2"], [])
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "foreign", "of another tar", "without quarantine"])
 def test_a_shard_whose_files_do_not_hold_is_embedded_again(shards: list[Shard], damage: str) -> None:
-    path = Path(shards[2].target.path(shards[2].embeddings_file))
+    path = Path(shards[2].target.path(shards[2].layer_file(LAYER)))
     if damage == "deleted":
         path.unlink()
     elif damage == "cut":
@@ -75,22 +80,22 @@ def test_a_shard_whose_files_do_not_hold_is_embedded_again(shards: list[Shard], 
     elif damage == "of another tar":
         shards[2] = replace(shards[2], tar_fingerprint="11-1")
     else:
-        shards[2].target.remove(shards[2].quarantine_file)
-    assert left(make_plan(shards, "e", OPTIONS)) == (["a/2"], [])
+        shards[2].target.remove(shards[2].quarantine_file(LAYER))
+    assert left(make_plan(shards, E, OPTIONS)) == (["a/2"], [])
 
 
 def test_a_changed_caption_or_option_merges_again_and_embeds_nothing(shards: list[Shard]) -> None:
     changed = [replace(shards[0], metadata_fingerprint="20-9"), *shards[1:]]
-    assert left(make_plan(changed, "e", OPTIONS)) == ([], ["a/0"])
-    assert left(make_plan(shards, "e", replace(OPTIONS, null_rows=True))) == ([], ["a/0", "a/1", "a/2"])
+    assert left(make_plan(changed, E, OPTIONS)) == ([], ["a/0"])
+    assert left(make_plan(shards, E, replace(OPTIONS, null_rows=True))) == ([], ["a/0", "a/1", "a/2"])
     shards[1].target.remove(shards[1].merged_file)
-    assert left(make_plan(shards, "e", OPTIONS)) == ([], ["a/1"])
+    assert left(make_plan(shards, E, OPTIONS)) == ([], ["a/1"])
 
 
 def test_another_embedders_output_is_refused_unless_told(shards: list[Shard]) -> None:
     with pytest.raises(InputError, match="--overwrite"):
-        make_plan(shards, "f", OPTIONS)
-    assert left(make_plan(shards, "f", OPTIONS, overwrite=True)) == (["a/0", "a/1", "a/2"], [])
+        make_plan(shards, F, OPTIONS)
+    assert left(make_plan(shards, F, OPTIONS, overwrite=True)) == (["a/0", "a/1", "a/2"], [])
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 12_345, 100_000])
@@ -107,13 +112,15 @@ def test_groups_hold_every_shard_once(count: int, workers: int) -> None:
 def test_ten_thousand_finished_shards_are_found_done_in_seconds(tmp_path: Path) -> None:
     shards = [Shard(f"{n:05}", "/data", str(tmp_path), 10, f"10-{n}", "20-1") for n in range(10_000)]
     for shard in shards:
-        record = EmbeddingRecord(embedding_key(shard, "e", "key"), "e", 3, 2, {"empty": 1}, 4)
-        write(shard, shard.embeddings_file, record)
-        write(shard, shard.merged_file, MergeRecord(merge_key(shard, record.version, OPTIONS.as_dict()), 2, 0, 0))
-        shard.target.write(shard.quarantine_file, lambda path: pq.write_table(pa.table({"id": ["2"]}), path))
+        record = layer_record(2, {"empty": 1}, key=layer_key(shard, "image_embedding", "e", "key"), recipe="e")
+        write(shard, shard.layer_file(LAYER), record)
+        write(
+            shard, shard.merged_file, MergeRecord(merge_key(shard, {LAYER: record.version}, MERGED.as_dict()), 2, 0, 0)
+        )
+        shard.target.write(shard.quarantine_file(LAYER), lambda path: pq.write_table(pa.table({"id": ["2"]}), path))
         shard.target.write_text(shard.index_file, index_of(shard, 3))
     begun = time.monotonic()
-    assert left(make_plan(shards, "e", OPTIONS)) == ([], [])
+    assert left(make_plan(shards, E, OPTIONS)) == ([], [])
     seconds = time.monotonic() - begun
     print(f"10,000 shards planned in {seconds:.1f} s")
     assert seconds < 30

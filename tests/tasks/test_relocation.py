@@ -14,7 +14,12 @@ from tasks.relocation import RELATIVE, Places, as_stored, find_places, missing_d
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with data/ and out/ side by side, and the manifest's places in out/manifest.json."""
-    for name in ("data/00000.tar", "data/model.pth", "out/embeddings/00000.parquet", "out/metadata/00000.parquet"):
+    for name in (
+        "data/00000.tar",
+        "data/model.pth",
+        "out/layers/image_embedding/00000.parquet",
+        "out/metadata/00000.parquet",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     output = str(tmp_path / "out")

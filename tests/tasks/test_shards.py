@@ -14,49 +14,53 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedders.errors import InputError
+from embedders.fingerprint import digest
 from embedders.tar import read_tar_file
-from tasks.keys import digest, embedding_key, merge_key
-from tasks.records import RECORD, EmbeddingRecord, MergeRecord, read_embedding_record, read_merge_record, with_record
+from tasks.keys import layer_key, merge_key
+from tasks.records import RECORD, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
+from tasks.sample_account import Unbalanced
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
-
-from .conftest import MakeShard
+from tests.layers import layer_record
 
 SHARD = Shard("a/00000", "/data", "/out", 10, "10-1.5", "20-2.5")
-EMBEDDED = EmbeddingRecord("k", "e", samples=3, embedded=2, quarantined={"empty": 1}, dimensions=4)
+EMBEDDED = layer_record(2, {"empty": 1})
 MERGED = MergeRecord("k", rows=2, rows_without_embedding=1, embeddings_without_row=0)
 
 
-def write(folder: Path, record: EmbeddingRecord | MergeRecord, rows: int = 2) -> Folder:
+def write(folder: Path, record: LayerRecord | MergeRecord, rows: int = 2) -> Folder:
     table = pa.table({"id": [str(i) for i in range(rows)]})
     pq.write_table(table.cast(with_record(table.schema, record)), folder / "0.parquet")
     return Folder(str(folder))
 
 
-@pytest.mark.parametrize("change", [{"tar_fingerprint": "10-1.6"}, {"embedder": "f"}, {"id_col": "id"}])
+@pytest.mark.parametrize("change", [{"tar_fingerprint": "10-1.6"}, {"recipe": "f"}, {"id_col": "id"}])
 def test_the_embedding_key_follows_tar_embedder_and_id_column(change: dict[str, str]) -> None:
     shard = replace(SHARD, tar_fingerprint=change.get("tar_fingerprint", SHARD.tar_fingerprint))
-    before = embedding_key(SHARD, "e", "key")
-    assert embedding_key(shard, change.get("embedder", "e"), change.get("id_col", "key")) != before
+    before = layer_key(SHARD, "image_embedding", "e", "key")
+    assert layer_key(shard, "image_embedding", change.get("recipe", "e"), change.get("id_col", "key")) != before
 
 
 def test_two_tars_of_one_size_and_time_have_keys_of_their_own() -> None:
-    assert embedding_key(replace(SHARD, name="b"), "e", "key") != embedding_key(SHARD, "e", "key")
+    of_b = layer_key(replace(SHARD, name="b"), "image_embedding", "e", "key")
+    assert of_b != layer_key(SHARD, "image_embedding", "e", "key") != layer_key(SHARD, "vectors", "e", "key")
 
 
 def test_the_embedding_key_ignores_places_and_metadata() -> None:
     other = replace(SHARD, dataset="s3://moved", output="/else", metadata_fingerprint="changed")
-    assert embedding_key(other, "e", "key") == embedding_key(SHARD, "e", "key")
+    assert layer_key(other, "image_embedding", "e", "key") == layer_key(SHARD, "image_embedding", "e", "key")
 
 
 def test_the_merge_key_follows_metadata_embeddings_and_options() -> None:
     captions = replace(SHARD, metadata_fingerprint="20-9.9")
     keys = [
-        merge_key(SHARD, "k", {"null_rows": False}),
-        merge_key(captions, "k", {"null_rows": False}),
-        merge_key(replace(SHARD, metadata_fingerprint=None), "k", {"null_rows": False}),
-        merge_key(SHARD, "l", {"null_rows": False}),
-        merge_key(SHARD, "k", {"null_rows": True}),
+        merge_key(SHARD, {"a": "k"}, {"null_rows": False}),
+        merge_key(captions, {"a": "k"}, {"null_rows": False}),
+        merge_key(replace(SHARD, metadata_fingerprint=None), {"a": "k"}, {"null_rows": False}),
+        merge_key(SHARD, {"a": "l"}, {"null_rows": False}),
+        merge_key(SHARD, {"b": "k"}, {"null_rows": False}),
+        merge_key(SHARD, {"a": "k", "b": "k"}, {"null_rows": False}),
+        merge_key(SHARD, {"a": "k"}, {"null_rows": True}),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -66,17 +70,24 @@ def test_a_digest_ignores_the_order_of_keys() -> None:
     assert len(digest("")) == 32
 
 
+def test_a_record_that_does_not_balance_cannot_be_made() -> None:
+    with pytest.raises(Unbalanced, match="4 samples, but 2 embedded and 1 quarantined"):
+        replace(EMBEDDED, samples=4)
+
+
 def test_records_come_back(tmp_path: Path) -> None:
-    assert read_embedding_record(write(tmp_path, EMBEDDED), "0.parquet") == EMBEDDED
+    assert read_layer_record(write(tmp_path, EMBEDDED), "0.parquet") == EMBEDDED
     assert read_merge_record(write(tmp_path, MERGED), "0.parquet") == MERGED
 
 
 def test_a_record_that_does_not_fit_its_file_is_none(tmp_path: Path) -> None:
-    assert read_embedding_record(write(tmp_path, EMBEDDED, rows=1), "0.parquet") is None
-    assert read_embedding_record(write(tmp_path, replace(EMBEDDED, samples=9)), "0.parquet") is None
+    assert read_layer_record(write(tmp_path, EMBEDDED, rows=1), "0.parquet") is None
+    unbalanced = json.dumps(asdict(EMBEDDED) | {"samples": 9}).encode()
+    pq.write_table(pa.table({"id": ["0", "1"]}).replace_schema_metadata({RECORD: unbalanced}), tmp_path / "0.parquet")
+    assert read_layer_record(Folder(str(tmp_path)), "0.parquet") is None
     assert read_merge_record(write(tmp_path, MERGED, rows=3), "0.parquet") is None
     assert read_merge_record(write(tmp_path, EMBEDDED), "0.parquet") is None
-    assert read_embedding_record(write(tmp_path, MERGED), "0.parquet") is None
+    assert read_layer_record(write(tmp_path, MERGED), "0.parquet") is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +105,7 @@ def test_a_record_that_does_not_fit_its_file_is_none(tmp_path: Path) -> None:
 def test_a_foreign_record_is_none(text: bytes, tmp_path: Path) -> None:
     table = pa.table({"id": ["0", "1"]}).replace_schema_metadata({RECORD: text})
     pq.write_table(table, tmp_path / "0.parquet")
-    assert read_embedding_record(Folder(str(tmp_path)), "0.parquet") is None
+    assert read_layer_record(Folder(str(tmp_path)), "0.parquet") is None
     assert read_merge_record(Folder(str(tmp_path)), "0.parquet") is None
 
 
@@ -103,8 +114,8 @@ def test_a_cut_or_missing_or_foreign_file_is_none(tmp_path: Path) -> None:
     whole = (tmp_path / "0.parquet").read_bytes()
     for content in [whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"<html>", b"PAR1PAR1"]:
         (tmp_path / "0.parquet").write_bytes(content)
-        assert read_embedding_record(folder, "0.parquet") is None
-    assert read_embedding_record(folder, "1.parquet") is None
+        assert read_layer_record(folder, "0.parquet") is None
+    assert read_layer_record(folder, "1.parquet") is None
 
 
 def found(folder: Path) -> list[tuple[str, Any, str]]:
@@ -162,12 +173,6 @@ def test_the_command_that_packs_a_folder_makes_a_dataset_of_it(tmp_path: Path) -
     (shard,) = find_shards(str(tmp_path / "shards"), "/out")
     keys = [sample.key for sample in read_tar_file(shard.source.path(shard.tar), "tar").samples]
     assert sorted(keys) == ["a", "b"]
-
-
-def test_a_tar_whose_quarantine_would_be_another_ones_list_is_refused(make_shard: MakeShard) -> None:
-    make_shard("a")
-    with pytest.raises(InputError, match=r"a\.unmatched\.tar: .*rename the tar .* to a-unmatched\.tar"):
-        make_shard("a.unmatched")
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.records import EmbeddingRecord
+from tasks.records import LayerRecord
 from tasks.vector_checks import check_vectors, measure_vectors
+from tests.layers import LAYER, layer_record
 
 GENERATOR = np.random.default_rng(0)
 
@@ -16,10 +17,9 @@ def unit(count: int, dimensions: int = 16) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def record(vectors: np.ndarray, **quarantined: int) -> EmbeddingRecord:
-    samples = len(vectors) + sum(quarantined.values())
+def record(vectors: np.ndarray, **quarantined: int) -> LayerRecord:
     measured = measure_vectors(vectors)
-    return EmbeddingRecord("key", "digest", samples, len(vectors), quarantined, 16, vectors=measured)
+    return layer_record(len(vectors), quarantined, dimensions=16, statistics={LAYER: measured})
 
 
 def said(*shards: np.ndarray, normalized: bool = True) -> str:
@@ -35,7 +35,7 @@ def test_nothing_is_wrong_with_sound_vectors() -> None:
 
 
 def test_a_record_without_measurements_is_passed_over() -> None:
-    assert check_vectors({"00000": EmbeddingRecord("key", "digest", 20, 20, {}, 16)}, {"normalized": True}) == []
+    assert check_vectors({"00000": layer_record(20, dimensions=16)}, {"normalized": True}) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -17,8 +17,10 @@ from embedders.errors import InputError
 from embedders.ids import canonical_id
 from tasks.dataset.ids import canonical_ids, repeated
 from tasks.dataset.metadata import check_metadata, conform, unified_schema
-from tasks.plan import MergeOptions, plan_in_one_schema
+from tasks.merge_options import MergeOptions
+from tasks.plan import plan_in_one_schema
 from tasks.shards import Shard
+from tests.layers import recipe_named
 
 from ..conftest import MakeShard
 
@@ -117,7 +119,7 @@ def test_columns_that_some_shards_lack_and_numbers_of_two_kinds_become_one_schem
         {"key": ["b"], "n": [1.5], "late": [datetime.date(2024, 1, 2)], "box": [{"x": 2, "y": "z"}]},
         {"nothing": [True], "key": ["c"], "n": pa.array([3], pa.int8())},
     )
-    schema = unified_schema([*shards, make_shard("3")], "key", "image_embedding")
+    schema = unified_schema([*shards, make_shard("3")], "key", ["image_embedding"])
     assert {field.name: str(field.type) for field in schema} == {
         "key": "string",
         "n": "double",
@@ -144,28 +146,30 @@ def test_columns_that_would_be_lost_are_refused(make_shard: MakeShard, names: li
     table = pa.table([pa.array(["a"])] * 3, names=names)
     shard = make_shard("0", metadata=table)
     with pytest.raises(InputError, match=message):
-        unified_schema([shard], "key", "image_embedding")
-    in_place = MergeOptions("key", "image_embedding", in_place=True)
+        unified_schema([shard], "key", ["image_embedding"])
+    in_place = MergeOptions("key", in_place=True)
     with pytest.raises(InputError, match=message):
-        plan_in_one_schema([shard], "e", in_place, None)
+        plan_in_one_schema([shard], [recipe_named("e")], in_place, lambda columns: None)
 
 
-@pytest.mark.parametrize("notes", [{"embedding": '{"column": "v"}'}, {"shard_embed_columns": '["w", "v"]'}])
+@pytest.mark.parametrize(
+    "notes", [{"embeddings": '[{"column": "v", "layer": "v"}]'}, {"shard_embed_columns": '{"w": "w", "v": "w"}'}]
+)
 def test_a_column_of_ours_is_known_by_the_footer(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
-    assert unified_schema([shard], "key", "v").names == ["key"]
+    assert unified_schema([shard], "key", ["v"]).names == ["key"]
 
 
-@pytest.mark.parametrize("notes", [{}, {"embedding": "[1]"}, {"embedding": "no json"}, {"shard_embed_columns": "3"}])
+@pytest.mark.parametrize("notes", [{}, {"embeddings": "[1]"}, {"embeddings": "no json"}, {"shard_embed_columns": "3"}])
 def test_notes_of_somebody_else_are_no_record(make_shard: MakeShard, notes: dict[str, str]) -> None:
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
     with pytest.raises(InputError, match="has a column 'v' that shard-embed did not write"):
-        unified_schema([shard], "key", "v")
+        unified_schema([shard], "key", ["v"])
 
 
 def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:
     shards = described(make_shard, {"key": [12]}, {"key": ["x"]}, {"key": [7.0]})
-    schema = unified_schema(shards, "key", "image_embedding")
+    schema = unified_schema(shards, "key", ["image_embedding"])
     assert schema.field("key").type == pa.string()
     assert conform(pa.table({"key": [7.0, None]}), schema, "key")["key"].to_pylist() == ["7", None]
 
@@ -173,7 +177,7 @@ def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:
 def test_types_that_cannot_be_one_are_refused_by_name(make_shard: MakeShard) -> None:
     shards = described(make_shard, {"key": ["a"], "n": [1]}, {"key": ["b"], "n": ["one"]})
     with pytest.raises(InputError, match=r"1\.parquet: column 'n' is string, and int64 in .*0\.parquet; make it one"):
-        unified_schema(shards, "key", "image_embedding")
+        unified_schema(shards, "key", ["image_embedding"])
 
 
 def test_a_value_that_does_not_fit_is_refused_by_name() -> None:
@@ -186,6 +190,6 @@ def test_one_schema_stays_as_it_is_and_a_held_one_is_widened(make_shard: MakeSha
     field = pa.field("key", pa.string(), nullable=False)
     table = pa.table([pa.array(["a"])], schema=pa.schema([field]))
     shard = make_shard(metadata=table)
-    assert unified_schema([shard], "key", "v").field("key") == field
+    assert unified_schema([shard], "key", ["v"]).field("key") == field
     held = pa.schema([("n", pa.int64()), ("key", pa.string())])
-    assert unified_schema([shard], "key", "v", held).names == ["n", "key"]
+    assert unified_schema([shard], "key", ["v"], held).names == ["n", "key"]

@@ -20,14 +20,13 @@ import s3fs
 
 import tasks.storage.download_ahead
 from embedders import TimmImageEmbedder
-from tasks.dataset.metadata import check_metadata, read_metadata
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
-from tasks.records import read_embedding_record
+from tasks.dataset.metadata import check_metadata, open_rows
+from tasks.records import read_layer_record
 from tasks.shards import Shard, ShardReplaced, find_shards
 from tasks.storage.download_ahead import Stage
 from tasks.storage.folder import Folder
 from tasks.storage.temporary_space import scratch
+from tests.layers import embed_all
 from tests.servers import Proxy, s3_server
 
 SIZE = 100_000
@@ -148,7 +147,7 @@ def test_a_tar_that_was_replaced_is_not_taken_for_the_planned_one(shards: list[S
 
 
 def test_a_tar_that_comes_short_is_noticed(shards: list[Shard]) -> None:
-    with Stage([replace(shards[0], tar_bytes=SIZE + 1)]) as stage, pytest.raises(OSError, match="bytes came of"):
+    with Stage([replace(shards[0], tar_bytes=SIZE + 1)]) as stage, pytest.raises(OSError, match="bytes arrived"):
         next(stage).path()
 
 
@@ -194,12 +193,13 @@ def test_any_store_of_fsspec_is_read(kind: str, tmp_path: Path, demo_dataset: Pa
         shards = find_shards(dataset, str(tmp_path / "out"))
         local = find_shards(str(demo_dataset), str(tmp_path / "local"))
         assert [(s.name, s.tar_bytes) for s in shards] == [(s.name, s.tar_bytes) for s in local]
-        options = EmbedOptions("key", digest(tiny.fingerprint()), "cpu")
-        (record,) = embed_group(shards[:1], tiny, options)
+        (record,) = embed_all(shards[:1], tiny)
         assert (record.samples, record.embedded) == (64, 63)
-        assert read_embedding_record(Folder(str(tmp_path / "out")), shards[0].embeddings_file) == record
+        assert read_layer_record(Folder(str(tmp_path / "out")), shards[0].layer_file("image_embedding")) == record
         check_metadata(shards[0], "key")
-        assert read_metadata(shards[0], "key").equals(read_metadata(local[0], "key"))
+        with open_rows(shards[0], "key") as far, open_rows(local[0], "key") as near:
+            assert far.schema.equals(near.schema)
+            assert list(far.read(far.schema.names, 50)) == list(near.read(near.schema.names, 50))
     finally:
         server.shutdown()
         server.server_close()

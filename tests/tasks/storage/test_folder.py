@@ -201,7 +201,7 @@ def test_a_file_that_is_being_written_is_not_swept(tmp_path: Path) -> None:
 
 def test_every_folder_of_an_output_is_swept_and_no_other(tmp_path: Path) -> None:
     temporary = f".x.{uuid.uuid4().hex}.tmp"
-    swept = (".", "embeddings", "index/a", "merged", "metadata/a/b", "quarantine")
+    swept = (".", "layers/a/b", "index/a", "merged", "metadata/a/b", "quarantine/a", "unmatched")
     for name in (*swept, "mine", "export/npy"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / temporary).touch()

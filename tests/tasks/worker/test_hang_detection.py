@@ -12,10 +12,9 @@ import pytest
 
 from embedders import ImageEmbedder
 from embedders.webdataset import open_shard
-from tasks.embed import EmbedOptions, embed_group
-from tasks.keys import digest
 from tasks.retries import ShardsFailed
 from tasks.worker.hang_detection import Limit, Step, Watch, watch
+from tests.layers import embed_all
 
 from ..conftest import MakeShard
 
@@ -87,7 +86,6 @@ def test_the_engine_may_wait_for_a_file_that_is_written() -> None:
 def test_two_runs_with_shards_of_one_name_do_not_unwatch_one_another(make_shard: MakeShard) -> None:
     hanging, quick = Hangs(), Hangs(stem="none")
     shards, fast = [make_shard("1")], [make_shard(str(number)) for number in range(2, 5)]
-    limited = EmbedOptions("key", "hanging", "cpu", shard_timeout=2)
 
     def busy() -> None:
         held = watch.take(60)  # another run's shard 1, which gets on and is done again and again
@@ -101,12 +99,12 @@ def test_two_runs_with_shards_of_one_name_do_not_unwatch_one_another(make_shard:
     thread.start()
     try:
         with pytest.raises(ShardsFailed, match="1: hangs: nothing got on for"):
-            embed_group(shards, hanging, limited)
+            embed_all(shards, hanging, shard_timeout=2)
     finally:
         hanging._go.set()
         thread.join()
         let_go(hanging)
-    assert len(embed_group(fast, quick, EmbedOptions("key", "quick", "cpu"))) == 3
+    assert len(embed_all(fast, quick)) == 3
 
 
 class Slow(ImageEmbedder):
@@ -123,7 +121,7 @@ class Slow(ImageEmbedder):
 
 def test_batches_are_progress_and_not_whole_shards(make_shard: MakeShard) -> None:
     shard, embedder = make_shard(keys=tuple("abcdef")), Slow()
-    (record,) = embed_group([shard], embedder, EmbedOptions("key", "slow", "cpu", shard_timeout=5))
+    (record,) = embed_all([shard], embedder, shard_timeout=5)
     assert record.embedded == 6
 
 
@@ -149,9 +147,8 @@ class Hangs(ImageEmbedder):
 def test_a_hung_shard_fails_by_name_and_what_waits_can_be_tried_alone(make_shard: MakeShard) -> None:
     shards = [make_shard(str(number)) for number in range(6)]
     embedder = Hangs()
-    options = EmbedOptions("key", digest(embedder.fingerprint()), "cpu", shard_timeout=0.5)
     with pytest.raises(ShardsFailed) as failed:
-        embed_group(shards, embedder, options)
+        embed_all(shards, embedder, shard_timeout=0.5)
     let_go(embedder)
     found = {failure.shard: failure for failure in failed.value.failures}
     assert "hangs" in found["1"].error

@@ -16,9 +16,11 @@ import pytest
 
 import tasks.worker.shared_engine
 from embedders import ImageEmbedder, TimmImageEmbedder
-from embedders.base import ShardBatch
+from embedders.recipe import Recipe
+from embedders.shard_batch import ShardBatch
 from embedders.webdataset import OpenShard, open_shard
 from tasks.worker.shared_engine import shared_engine
+from tests.layers import embedded_shards
 
 from ..conftest import MakeShard
 
@@ -60,10 +62,16 @@ def paths(make_shard: MakeShard) -> list[str]:
     return [shard.source.path(shard.tar) for shard in made]
 
 
+def named(embedder: ImageEmbedder, name: str) -> tuple[Recipe, ...]:
+    """The recipe of an embedder, under a fingerprint of the test's choice."""
+    column = embedder.image_embedding_column
+    return (Recipe(column, embedder, {"embedder": name}, name, name, (column,)),)
+
+
 def ids(paths: Iterable[str], embedder: ImageEmbedder, name: str = "sizes") -> list[list[str]]:
     """The ids of each shard that came back, sorted."""
-    with shared_engine(embedder, name, "cpu") as engine:
-        return sorted(done.ids for done in engine.embed(open_shard(path) for path in paths))
+    with shared_engine(named(embedder, name), "cpu") as engine:
+        return sorted(done.ids for done in embedded_shards(engine.embed(open_shard(path) for path in paths)))
 
 
 def expected(numbers: Iterable[int]) -> list[list[str]]:
@@ -105,7 +113,7 @@ def test_the_copies_that_tasks_bring_share_one_engine(paths: list[str]) -> None:
     for path in paths[:2]:
         embedder = Sizes()
         embedder.parameter = Parameter()  # type: ignore[attr-defined]
-        with shared_engine(embedder, "copies", "cpu") as engine:
+        with shared_engine(named(embedder, "copies"), "cpu") as engine:
             list(engine.embed([open_shard(path)]))
             engines.add(id(engine))
     assert len(engines) == 1
@@ -131,8 +139,8 @@ def test_the_shards_of_two_tasks_are_one_stream(paths: list[str]) -> None:
             for path in mine[1:]:
                 yield open_shard(path)
 
-        with shared_engine(embedder, "together", "cpu") as engine:
-            return sorted(done.ids for done in engine.embed(opened()))
+        with shared_engine(named(embedder, "together"), "cpu") as engine:
+            return sorted(done.ids for done in embedded_shards(engine.embed(opened())))
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(task, [paths[:3], paths[3:]]))
@@ -156,13 +164,16 @@ def test_an_error_in_opening_is_that_tasks_own(paths: list[str]) -> None:
         yield open_shard(paths[2])
 
     def first() -> None:
-        with shared_engine(embedder, "errors", "cpu") as engine, pytest.raises(OSError, match="the disk went away"):
+        with (
+            shared_engine(named(embedder, "errors"), "cpu") as engine,
+            pytest.raises(OSError, match="the disk went away"),
+        ):
             list(engine.embed(failing()))
         failed.set()
 
     def second() -> list[list[str]]:
-        with shared_engine(embedder, "errors", "cpu") as engine:
-            return sorted(done.ids for done in engine.embed(slow()))
+        with shared_engine(named(embedder, "errors"), "cpu") as engine:
+            return sorted(done.ids for done in embedded_shards(engine.embed(slow())))
 
     with ThreadPoolExecutor(2) as pool:
         other = pool.submit(second)
@@ -176,7 +187,7 @@ def test_an_engine_that_fails_fails_all_its_tasks_and_the_next_gets_a_new_one(pa
     inside = threading.Barrier(2)
 
     def task(mine: list[str]) -> str:
-        with shared_engine(embedder, "broken", "cpu") as engine:
+        with shared_engine(named(embedder, "broken"), "cpu") as engine:
             inside.wait(20)
             with pytest.raises(RuntimeError) as caught:
                 list(engine.embed(open_shard(path) for path in mine))
@@ -198,7 +209,7 @@ def test_a_run_with_another_embedder_gets_its_turn(paths: list[str], monkeypatch
         time.sleep(delay)
         until = time.monotonic() + longest
         while not over.is_set() and time.monotonic() < until:
-            with shared_engine(Sizes(), "busy", "cpu"):
+            with shared_engine(named(Sizes(), "busy"), "cpu"):
                 over.wait(0.2)
 
     with ThreadPoolExecutor(2) as pool:
@@ -217,11 +228,13 @@ def test_a_run_with_another_embedder_gets_its_turn(paths: list[str], monkeypatch
 
 def test_a_task_that_leaves_does_not_hold_the_others_up(paths: list[str]) -> None:
     embedder = Sizes()
-    with shared_engine(embedder, "leaves", "cpu") as engine:
+    with shared_engine(named(embedder, "leaves"), "cpu") as engine:
         first = engine.embed(open_shard(path) for path in paths)
         next(iter(first))
         first.close()  # type: ignore[attr-defined]
-        assert sorted(done.ids for done in engine.embed(open_shard(path) for path in paths[:4])) == expected(range(4))
+        assert sorted(
+            done.ids for done in embedded_shards(engine.embed(open_shard(path) for path in paths[:4]))
+        ) == expected(range(4))
 
 
 def test_a_model_that_does_not_load_says_why_and_can_be_tried_again(paths: list[str]) -> None:
@@ -242,15 +255,15 @@ def test_batches_of_a_timm_model_run_on_across_tasks(paths: list[str]) -> None:
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=4, num_threads_per_worker=1)
     alone = {}
     for path in paths:
-        with shared_engine(embedder, "timm", "cpu") as engine:
-            (done,) = engine.embed(iter([open_shard(path)]))
+        with shared_engine(named(embedder, "timm"), "cpu") as engine:
+            (done,) = embedded_shards(engine.embed(iter([open_shard(path)])))
         alone.update(dict(zip(done.ids, done.vectors, strict=True)))
 
     def task(mine: list[str]) -> dict[str, np.ndarray]:
-        with shared_engine(embedder, "timm", "cpu") as engine:
+        with shared_engine(named(embedder, "timm"), "cpu") as engine:
             return {
                 i: v
-                for done in engine.embed(open_shard(path) for path in mine)
+                for done in embedded_shards(engine.embed(open_shard(path) for path in mine))
                 for i, v in zip(done.ids, done.vectors, strict=True)
             }
 

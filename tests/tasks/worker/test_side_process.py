@@ -69,13 +69,13 @@ def test_a_shard_is_described_there_as_here(side: SidePool, make_shard: MakeShar
     there = side.call(describe_local, shard, path, "key", False, None)
     data = map_tar(path)
     here = describe(data, read_tar(data), "key", headers=True)
-    assert there.ids == here.ids == ("a", "B", "c", "d", "e")
+    assert there.ids.to_pylist() == here.ids.to_pylist() == ["a", "B", "c", "d", "e"]
     assert there.members == here.members
     assert there.unusable == here.unusable
     assert there.unusable.keys() == {3, 4}
     assert (there.places == here.places).all()
     assert there.headers is not None
-    assert there.headers.tolist() == [[96, 64, 1, 0]] * 3 + [[0, 0, 0, 0]] * 2
+    assert there.headers.tolist() == [(96, 64, 1, 0)] * 3 + [(0, 0, 0, 0)] * 2
 
 
 def die() -> None:

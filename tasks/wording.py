@@ -1,4 +1,4 @@
-"""Counts as sentences say them."""
+"""Put counts into words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     Args:
         count: How many there are.
         noun: What they are, in the singular.
-        plural: The plural, where it is not the singular and an s.
+        plural: The plural, if it is not the singular with an s.
     """
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
