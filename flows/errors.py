@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
-from embedders.errors import one_line
+from embedders.errors import InputError, MalformedShard, one_line
+
+
+def exit_status(app: App, arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status: 2, with one line, if the call or its input is wrong.
+
+    Args:
+        app: The command.
+        arguments: What follows its name.
+    """
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (InputError, CycloptsError, MalformedShard, OSError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def explain(error: BaseException) -> str:

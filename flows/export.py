@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App
 
-from embedders.errors import InputError, MalformedShard
-from flows.errors import explain
+from embedders.errors import InputError
+from flows.errors import exit_status
 from tasks.dataset.export.faiss_index import export_faiss
 from tasks.dataset.export.lance_dataset import export_lance
 from tasks.dataset.export.npy import export_npy
@@ -81,12 +81,7 @@ def export(
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status: 2 if the call or its input is wrong."""
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (InputError, CycloptsError, MalformedShard, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(app, arguments)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
-from cyclopts import App, CycloptsError
+from cyclopts import App
 
 from embedders.errors import InputError
-from flows.errors import explain
+from flows.errors import exit_status
 from tasks.dataset.sampling import Sampled, sample_vectors
 from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
@@ -342,12 +342,7 @@ def report(output: str, *, dataset: str | None = None, layer: str | None = None)
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status: 2 if the call or its input is wrong."""
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (InputError, CycloptsError, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(app, arguments)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import numpy as np
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from embedders import ImageEmbedder, TimmImageEmbedder
 from embedders.engine import Engine, Rows
-from embedders.errors import InputError, MalformedShard, one_line
+from embedders.errors import InputError, one_line
 from embedders.fingerprint import digest
 from embedders.samples import chosen_extensions
 from embedders.webdataset import open_shard
 from embedders.weights import RANDOM, cached_hub, is_of_hub
 from flows.config import load_embedder
-from flows.errors import explain
+from flows.errors import exit_status
 from tasks.dataset.nearest import Found, find_vector, nearest, read_rows
 from tasks.dataset.thumbnails import Pictures, data_url
 from tasks.embed import resolve_device
@@ -342,12 +342,7 @@ def contact_sheet(query: str, shown: str | None, lines: Sequence[Mapping[str, st
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status: 2 if the call or its input is wrong."""
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (InputError, CycloptsError, MalformedShard, OSError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(app, arguments)
 
 
 if __name__ == "__main__":
