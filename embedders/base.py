@@ -50,8 +50,11 @@ class ImageEmbedder(ABC):
     def load_dataset_shard(self, tar_path: str) -> Iterable[tuple[Any, list[dict[str, Any]]]]:
         """Yield `(batch, metadata)` pairs of one local tar.
 
-        :param tar_path: a path on the local disk.
-        :return: pairs of anything the model takes and a list with one dict a sample, which holds the id column.
+        Args:
+            tar_path: A path on the local disk.
+
+        Returns:
+            Pairs of anything the model takes and a list with one dict a sample, which holds the id column.
         """
 
     @abstractmethod

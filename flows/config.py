@@ -231,7 +231,8 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
     def merge_options(self) -> MergeOptions:
         """How layers join the metadata.
 
-        :raises InputError: options that exclude each other.
+        Raises:
+            InputError: Options that exclude each other.
         """
         if self.in_place and self.rows_per_file is not None:
             raise InputError("--in-place and --rows-per-file exclude each other; leave one of them out")
@@ -311,7 +312,8 @@ def _word(model: str) -> str:
 def load_embedder(name: str) -> ImageEmbedder:
     """Make a custom embedder from `module:Class`, whose class takes no arguments.
 
-    :raises InputError: no such module or class, or not an ImageEmbedder.
+    Raises:
+        InputError: No such module or class, or not an ImageEmbedder.
     """
     module, colon, attribute = name.partition(":")
     if not colon:

@@ -57,10 +57,13 @@ def get_client(
 ) -> ClientSettings:
     """Choose where the datasets of this process are embedded.
 
-    :param cluster_type: "gpu": one worker a GPU; "cpu": processes.
-    :param n_workers: worker processes.
-    :param scheduler_address: a Dask scheduler to use instead.
-    :raises InputError: another cluster type, no GPU for "gpu", or an option that has no meaning here.
+    Args:
+        cluster_type: "gpu": one worker a GPU; "cpu": processes.
+        n_workers: Worker processes.
+        scheduler_address: A Dask scheduler to use instead.
+
+    Raises:
+        InputError: Another cluster type, no GPU for "gpu", or an option that has no meaning here.
     """
     global _client
     if cluster_type not in ("gpu", "cpu"):
@@ -118,11 +121,16 @@ class ImageTextPairDataset:
 
         Every row of the metadata is kept; where an image could not be embedded, its vector is null.
 
-        :param path: the folder to write to; by default the Parquets beside the tars are replaced.
-        :param columns: the columns to keep, with a path; by default all.
-        :return: the account of the last embedder's run.
-        :raises InputError: no embedder, an unknown column, or bad input; no metadata is written then.
-        :raises RunFailed: some shards failed; the metadata of the others is written.
+        Args:
+            path: The folder to write to; by default the Parquets beside the tars are replaced.
+            columns: The columns to keep, with a path; by default all.
+
+        Returns:
+            The account of the last embedder's run.
+
+        Raises:
+            InputError: No embedder, an unknown column, or bad input; no metadata is written then.
+            RunFailed: Some shards failed; the metadata of the others is written.
         """
         if not self.embedders:
             raise InputError("this dataset has no embedder yet: with_embeddings = embedder(dataset)")

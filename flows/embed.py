@@ -105,7 +105,8 @@ def embed_dataset(
 def run(config: EmbedConfig, embedders: Sequence[ImageEmbedder], progress: Progress) -> Manifest:
     """Plan, and start Prefect's flow if there is anything to do or a server that should know of the run.
 
-    :raises KeyboardInterrupt, Terminated: the run was stopped; a note of the exception says how far it came.
+    Raises:
+        KeyboardInterrupt, Terminated: The run was stopped; a note of the exception says how far it came.
     """
 
     def lost(why: str) -> None:
@@ -363,7 +364,8 @@ def checkpoint_of(embedder: ImageEmbedder) -> str | None:
 def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) -> None:
     """Write report.html; that it cannot be made costs no run its status.
 
-    :param anew: also where there is one.
+    Args:
+        anew: Also where there is one.
     """
     try:
         if anew or not Folder(manifest.output).has(REPORT):

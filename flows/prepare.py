@@ -148,8 +148,11 @@ def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
 def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) -> int:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
 
-    :return: about how many images all shards hold, if they are like those looked at.
-    :raises InputError: the metadata do not fit, or no sample of these tars has an image by --image-component.
+    Returns:
+        About how many images all shards hold, if they are like those looked at.
+
+    Raises:
+        InputError: The metadata do not fit, or no sample of these tars has an image by --image-component.
     """
     of_bytes, opened, shards = 0, [], plan.to_embed
     names = {*plan.options.names, *(name for recipe in plan.recipes for name in recipe.columns)}
@@ -175,7 +178,8 @@ def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) 
 def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> None:
     """Prove that some sample of the first tars has an image to embed; single ones without go to quarantine.
 
-    :raises InputError: every sample has several images and none is chosen, or none has the chosen one.
+    Raises:
+        InputError: Every sample has several images and none is chosen, or none has the chosen one.
     """
     if not any(tar.count for tar in opened) or any(tar.samples.places.any() for tar in opened):
         return

@@ -358,12 +358,14 @@ def passes(recipes: Sequence[Recipe]) -> list[tuple[Recipe, ...]]:
 
 def embedding_jobs(plan: Plan) -> list[tuple[tuple[Recipe, ...], list[Shard]]]:
     """Return what is left to embed: recipes that share a pass, and the shards that lack exactly these layers."""
-    jobs: dict[tuple[str, ...], tuple[tuple[Recipe, ...], list[Shard]]] = {}
+    lacking: dict[tuple[Recipe, ...], list[Shard]] = {}
     for shard in plan.to_embed:
-        for recipes in passes(plan.missing(shard)):
-            layers = tuple(recipe.layer for recipe in recipes)
-            jobs.setdefault(layers, (recipes, []))[1].append(shard)
-    return list(jobs.values())
+        lacking.setdefault(plan.missing(shard), []).append(shard)
+    jobs: dict[tuple[Recipe, ...], list[Shard]] = {}
+    for missing, shards in lacking.items():
+        for recipes in passes(missing):
+            jobs.setdefault(recipes, []).extend(shards)
+    return list(jobs.items())
 
 
 def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:

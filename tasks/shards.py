@@ -83,9 +83,12 @@ class Shard:
 def find_shards(dataset: str, output: str, key_dot: KeyDot = "first") -> list[Shard]:
     """Every `.tar` below the dataset's folder, sorted by name.
 
-    :param key_dot: which dot of a file name ends a sample's key.
-    :raises InputError: no such folder, no tar in it, compressed ones, which have no offsets to read at, or a name
-        that is not UTF-8.
+    Args:
+        key_dot: Which dot of a file name ends a sample's key.
+
+    Raises:
+        InputError: No such folder, no tar in it, compressed ones, which have no offsets to read at, or a name that is
+            not UTF-8.
     """
     for path in (dataset, output):
         _check_name(path)
@@ -179,7 +182,8 @@ class ShardReplaced(Exception):
 def check_unchanged(shard: Shard) -> None:
     """Prove that a tar is still the one the run began with, by what its store says of it.
 
-    :raises ShardReplaced: it is another one, or gone.
+    Raises:
+        ShardReplaced: It is another one, or gone.
     """
     listed = shard.tar_listed or shard.tar_fingerprint
     if not shard.source.is_local and "-" not in listed:
