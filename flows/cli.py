@@ -125,7 +125,7 @@ def embed_command(
     dataset
         Folder or fsspec URL with the .tar shards and their metadata .parquet.
     output
-        Folder or fsspec URL to write embeddings, metadata, quarantine and manifest to.
+        Folder or fsspec URL to write layers, metadata, quarantine and manifest to.
     json_
         Print the manifest, and nothing else, on standard output.
     quiet

@@ -76,7 +76,7 @@ class ModelOptions(_Options):
         description="float32, float16 or bfloat16 on any device, or float8 on a GPU, instead of what autocast says.",
     )
     output_tokens: bool = Field(
-        False, description="Keep the patch tokens too, as a layer of their own beside the vectors."
+        False, description="Keep the model's tokens too, in a layer named by the column and _tokens."
     )
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Images per batch.")
 
@@ -187,7 +187,7 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
     """One run over one dataset: the options of all groups side by side."""
 
     dataset: str = Field(description="Folder or fsspec URL with the .tar shards and their metadata .parquet.")
-    output: str = Field(description="Folder or fsspec URL that gets embeddings, metadata, quarantine and manifest.")
+    output: str = Field(description="Folder or fsspec URL that gets layers, metadata, quarantine and manifest.")
 
     @classmethod
     def of(cls, dataset: str, output: str, *groups: _Options) -> EmbedConfig:

@@ -126,7 +126,7 @@ class ImageTextPairDataset:
             columns: The columns to keep, with a path; by default all.
 
         Returns:
-            The account of the last embedder's run.
+            The account of the run. Its counts are of the first embedder; `layers` has all.
 
         Raises:
             InputError: No embedder, an unknown column, or bad input; no metadata is written then.

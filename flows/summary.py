@@ -68,7 +68,7 @@ def _written(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.rows:
         yield "dataset", f"{manifest.metadata.rstrip('/')}/*.parquet"
     if Folder(output.place("quarantine")).list(".parquet"):
-        yield "quarantine", output.place("quarantine/*.parquet")
+        yield "quarantine", output.place("quarantine/*/*.parquet")
     for name, file in (("account", MANIFEST), ("report", "report.html")):
         if output.has(file):
             yield name, output.place(file)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from embedders.quarantine import QuarantinedSample
 from tasks.dataset.vectors import parquet_options, rows_per_group, vector_array
-from tasks.records import RECORD, Column, LayerRecord, to_json
+from tasks.records import RECORD, Column, LayerRecord, seal_footer, to_json
 from tasks.shards import Shard
 from tasks.vector_checks import VectorStatistics
 
@@ -98,6 +98,7 @@ class LayerWriter:
         self._writer.add_key_value_metadata({RECORD: to_json(record).encode()})
         self._writer.close()
         self._writer = None
+        seal_footer(self._path)
         write_quarantine(self.shard, self.layer, quarantined)
         self._stack.close()
 
@@ -121,8 +122,8 @@ class LayerWriter:
         self._group = rows_per_group(sum(values[:1].nbytes for values in columns.values()))
         fields = [pa.field(name, column_array(values[:1]).type) for name, values in columns.items()]
         schema = pa.schema([pa.field(ID, pa.string()), *fields])
-        path = self._stack.enter_context(self.shard.target.replacing(self.shard.layer_file(self.layer)))
-        self._writer = pq.ParquetWriter(path, schema, **parquet_options(schema, self.columns))
+        self._path = self._stack.enter_context(self.shard.target.replacing(self.shard.layer_file(self.layer)))
+        self._writer = pq.ParquetWriter(self._path, schema, **parquet_options(schema, self.columns))
 
     def _write(self, rows: int) -> None:
         """Write that many of the waiting rows as row groups."""

@@ -41,7 +41,7 @@ from tasks.layer_rows import LayerFile, check_as_planned, column_type, group_row
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
-from tasks.records import LayerRecord, MergeRecord, with_record
+from tasks.records import LayerRecord, MergeRecord, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
@@ -169,6 +169,7 @@ def _write(
     with folder.replacing(name) as path:
         tables = _tables(shard, joined, options, schema, size)
         write_groups(schema, tables, path, vector_columns(options), size, options.form.encoding)
+        seal_footer(path)
         if options.in_place:
             _prove(path, _tables(shard, joined, options, schema, size))
             _like_the_old(folder, name, path)

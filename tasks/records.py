@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -23,6 +26,8 @@ FOOTER_BYTES = 16 << 10
 """Read from a file's end for its footer: a larger one, of many columns, costs a second request."""
 
 MAGIC = b"PAR1"
+NOT_SEALED = "00000000"
+_SEAL = re.compile(rb'"footer_crc32": "([^"]{8})"', re.DOTALL)
 Footer: TypeAlias = pq.FileMetaData
 
 
@@ -145,8 +150,38 @@ def with_record(schema: pa.Schema, record: LayerRecord | MergeRecord | PartRecor
 
 
 def to_json(record: LayerRecord | MergeRecord | PartRecord) -> str:
-    """Return a record as a footer holds it, under the key `RECORD`."""
-    return json.dumps(asdict(record))
+    """Return a record as a footer holds it, under the key `RECORD`, with room for the seal."""
+    return json.dumps(asdict(record) | {"footer_crc32": NOT_SEALED})
+
+
+def seal_footer(path: str | os.PathLike[str]) -> None:
+    """Put a checksum of a Parquet file's footer into the record in it, since Parquet has none for footers.
+
+    Args:
+        path: A file that is written and closed, and has not taken its name yet.
+    """
+    with open(path, "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        size = int.from_bytes(file.read(4), "little")
+        start = file.seek(-8 - size, os.SEEK_END)
+        footer = file.read(size)
+        found = _SEAL.search(footer)
+        assert found is not None, "the footer holds no record"
+        file.seek(start + found.start(1))
+        file.write(_checksum(footer, found))
+
+
+def _checksum(footer: bytes, seal: re.Match[bytes]) -> bytes:
+    """Return the checksum of a footer that is not sealed yet, as eight hexadecimal digits."""
+    start, end = seal.span(1)
+    rest = zlib.crc32(footer[end:], zlib.crc32(NOT_SEALED.encode(), zlib.crc32(footer[:start])))
+    return f"{rest:08x}".encode()
+
+
+def _is_damaged(footer: bytes) -> bool:
+    """Return whether a footer has another checksum than the one it was sealed with."""
+    seal = _SEAL.search(footer)
+    return seal is not None and seal[1] not in (NOT_SEALED.encode(), _checksum(footer, seal))
 
 
 def read_layer_record(folder: Folder, name: str) -> LayerRecord | None:
@@ -256,6 +291,8 @@ def _footer(folder: Folder, name: str, tail: bytes) -> Footer | None:
     size = int.from_bytes(tail[-8:-4], "little") + 8
     if size > len(tail):
         tail = folder.read_tail(name, size)
+    if _is_damaged(tail[-size:-8]):
+        return None
     try:
         return pq.read_metadata(pa.BufferReader(MAGIC + tail[-size:]))  # a footer is read without what it describes
     except (OSError, pa.ArrowException):
@@ -269,4 +306,6 @@ def _record(footer: Footer | None) -> tuple[dict[str, Any], int] | None:
         value = json.loads(text) if text else None
     except ValueError:
         return None
+    if isinstance(value, dict):
+        value.pop("footer_crc32", None)
     return (value, footer.num_rows) if footer is not None and isinstance(value, dict) else None

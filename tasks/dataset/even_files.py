@@ -17,7 +17,7 @@ from tasks.dataset.vectors import write_groups
 from tasks.layer_rows import group_rows, vector_columns
 from tasks.merge_options import MergeOptions
 from tasks.plan import Plan
-from tasks.records import PartRecord, read_part_record, with_record
+from tasks.records import PartRecord, read_part_record, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder, in_bulk
@@ -109,6 +109,7 @@ def write_part(part: Part, output: str, options: MergeOptions, schema: pa.Schema
         pieces = (table for piece in part.slices for table in _read_slice(merged, *piece))
         tables = _even(pieces, schema, options, size)
         write_groups(schema, tables, path, vector_columns(options), size, options.form.encoding)
+        seal_footer(path)
 
     metadata_folder(output).write(part.name, save)
 

@@ -158,7 +158,7 @@ def _top(vectors: np.ndarray, unit: np.ndarray, count: int) -> tuple[list[float]
 
 
 def _files(output: Folder, layer: str) -> Iterator[tuple[str, pq.ParquetFile]]:
-    """Yield the name of each shard and its opened embeddings file."""
+    """Yield the name of each shard and its opened layer file."""
     folder = Folder(output.place(f"layers/{layer}"))
     for file in folder.list(".parquet"):
         with folder.open(file.name) as opened:

@@ -186,7 +186,7 @@ def test_what_is_said_of_a_failed_shard(
     assert main(call) == 0
     said = capsys.readouterr().err
     assert "quarantined: 00000.tar 000000017.jpg: truncated" in said
-    for name in ("metadata/*.parquet", "quarantine/*.parquet", "manifest.json", "report.html"):
+    for name in ("metadata/*.parquet", "quarantine/*/*.parquet", "manifest.json", "report.html"):
         assert f" {output}/{name}\n" in said
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["computed"] == {"float32 on a CPU": 2}

@@ -15,7 +15,7 @@ import pytest
 
 from embedders import TimmImageEmbedder
 from embedders.webdataset import open_shard
-from flows.search import embed_image, embed_query, main
+from flows.search import embed_image, embed_query, main, rebuild
 from tasks.dataset.nearest import nearest
 from tasks.manifest import Timing, account, read_manifest, write_manifest
 from tasks.shards import find_shards
@@ -171,3 +171,11 @@ def test_another_model_is_refused(
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
     call = (tmp_path / "out", "--image", made / "photo.jpg", "--checkpoint", checkpoint)
     assert "made by another model" in fails(capsys, *call)
+
+
+def test_the_embedder_of_a_layer_in_float8_is_rebuilt_without(made: Path, checkpoint: Path) -> None:
+    manifest = read_manifest(str(made / "out"))
+    eight = manifest.model_copy(update={"embedder": manifest.embedder | {"precision": "float8"}})
+    rebuilt = rebuild(eight, str(checkpoint), None)
+    assert isinstance(rebuilt, TimmImageEmbedder)
+    assert rebuilt.precision == "auto"

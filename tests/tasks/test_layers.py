@@ -13,7 +13,7 @@ import pytest
 from embedders.quarantine import QuarantinedSample
 from tasks.dataset.vectors import LARGEST_GROUP_BYTES
 from tasks.layers import LayerWriter
-from tasks.records import Column, LayerRecord, layer_record
+from tasks.records import Column, LayerRecord, layer_record, read_layer_record
 from tasks.sample_account import Unbalanced
 from tasks.shards import Shard
 
@@ -86,6 +86,22 @@ def test_a_column_may_hold_more_than_two_to_the_31_values(shard: Shard, shape: t
     last = parquet.read_row_group(parquet.num_row_groups - 1)["x"].chunk(0)
     values = last.to_numpy_ndarray() if len(shape) > 1 else last.flatten().to_numpy()
     assert values.reshape(-1)[-1] == (rows - 8) % 251
+
+
+def test_any_bit_of_the_footer_that_is_flipped_is_noticed(shard: Shard) -> None:
+    samples = np.arange(10)
+    with LayerWriter(shard, "x") as writer:
+        writer.add(samples, ids(samples), {"x": np.ones((10, 7), np.float32)})
+        writer.finish(record(10, 0, writer.columns), [])
+    path = Path(shard.output, "layers/x/00000.parquet")
+    whole = path.read_bytes()
+    assert read_layer_record(shard.target, "layers/x/00000.parquet") is not None
+    length = int.from_bytes(whole[-8:-4], "little")
+    for at in range(len(whole) - 8 - length, len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        assert read_layer_record(shard.target, "layers/x/00000.parquet") is None, at - len(whole)
 
 
 def test_what_is_not_finished_leaves_nothing(shard: Shard) -> None:
