@@ -76,7 +76,7 @@ def test_the_form_starts_a_run(
     look(f"/runs/flow-run/{run['id']}", "64 images in", "prefect-run")
     artifacts = prefect.artifacts(run["id"])
     look(f"/artifacts/artifact/{artifacts['summary']['id']}", "256 = 254 embedded + 2 quarantined", "prefect-summary")
-    look(f"/artifacts/artifact/{artifacts['pictures']['id']}", "A sample of what was embedded", "prefect-pictures")
+    look(f"/artifacts/artifact/{artifacts['pictures']['id']}", "A sample of the embedded images", "prefect-pictures")
     sheet = chromium.find_element(By.CSS_SELECTOR, "img[src^='data:image/svg']")
     assert chromium.execute_script("return arguments[0].naturalWidth", sheet) > 1000
     look(f"/artifacts/artifact/{artifacts['quarantine']['id']}", "not_an_image", "prefect-quarantine")
