@@ -70,7 +70,7 @@ def test_shards_that_come_and_go(prefect: Prefect, demo_dataset: Path, tmp_path:
     add("00002")
     third, *_ = sense()
     summary = prefect.artifacts(third["id"])["summary"]["data"]
-    assert "1 shards of the output are no longer in the dataset, such as 00000" in summary
+    assert "1 shard of the output no longer in the dataset, such as 00000" in summary
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_a_run_whose_machine_died_is_marked(demo_dataset: Path, tmp_path: Path) 
                 os.kill(pid, signal.SIGKILL)
         ended = prefect.ended(run, seconds=180)
     assert ended["state_type"] == "CRASHED"
-    assert ended["state"]["message"] == "its process is gone; Retry does only what it left undone"
+    assert ended["state"]["message"] == "its process is gone; Retry does only what it left unfinished"
