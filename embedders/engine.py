@@ -246,8 +246,8 @@ class Engine:
             values.event.synchronize()
             values = values.host
         array, vectors = np.asarray(values), name == session.embedder.image_embedding_column
-        if vectors or array.dtype.kind not in "iubf" or array.dtype.itemsize < np.dtype(np.float32).itemsize:
-            array = array if array.dtype.kind in "iub" and not vectors else np.asarray(array, np.float32)
+        if vectors or array.dtype.kind not in "iubf" or array.dtype == np.float16:
+            array = np.asarray(array, np.float32)
         if not array.ndim or len(array) != len(batch.rows) or (vectors and array.ndim != 2):
             raise ValueError(
                 f"the model gave {name!r} as an array of shape {array.shape} for a batch of {len(batch.rows)}; "

@@ -193,8 +193,7 @@ def _pictures(manifest: Manifest, plan: Plan) -> None:
     embedded = sample_vectors(output, manifest.column, EMBEDDED_PICTURES, np.random.default_rng(0)).places
     quarantined = read_quarantine(output, manifest.column, QUARANTINED_PICTURES, manifest.left_out)
     bad = [(row["shard"], row["id"]) for row in quarantined]
-    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    pictures = Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
+    pictures = Pictures.of_manifest(manifest)
     shown = [list(pictures.of(places, SIDE).values()) for places in (embedded, bad)]
     sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
     if sheet is not None:

@@ -271,7 +271,7 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
         """
         if self.embedder is not None:
             if len(self.model_name) > 1:
-                raise InputError("--embedder is instead of --model-name; give one of the two")
+                raise InputError("--embedder takes the place of --model-name; give one of the two")
             made = load_embedder(self.embedder)
             if self.image_embedding_column != (COLUMN,):
                 made.image_embedding_column = self.columns[0]

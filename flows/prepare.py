@@ -134,14 +134,14 @@ def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(
-                f"two columns would be called {name!r}; give a --image-embedding-column for each model, or another name"
+                f"two columns would be called {name!r}; give each model an --image-embedding-column of its own"
             )
         if name in (ID, PART, id_col):  # layer files hold ids as "id" and the numbers of several rows as "part"
-            raise InputError(f"a column cannot be called {name!r}: another one is; give --image-embedding-column")
+            raise InputError(f"a new column cannot be called {name!r}: another column has that name; give it another")
     for layer in (recipe.layer for recipe in recipes):
         if not layer or layer.startswith(".") or "/" in layer or "\0" in layer:
             raise InputError(
-                f"a layer cannot be called {layer!r}: its folder could not be; give another --image-embedding-column"
+                f"{layer!r} cannot be the name of a folder, and so of a layer; give another --image-embedding-column"
             )
 
 

@@ -83,9 +83,7 @@ def write_report(
     manifest = read_manifest(output, dataset, layer)
     generator = np.random.default_rng(seed)
     sampled = sample_vectors(folder, manifest.column, VECTORS, generator)
-    component = manifest.embedder.get("image_component")
-    limit = manifest.embedder.get("max_pixels")
-    pictures = Pictures(manifest.dataset, output, manifest.column, component, limit) if manifest.dataset else None
+    pictures = Pictures.of_manifest(manifest) if manifest.dataset else None
     parts = [_facts(manifest, sampled), _layers(manifest), _throughput(folder, manifest.column)]
     if len(sampled.vectors) > 1 and np.isfinite(sampled.vectors).all():
         parts += [_spread(sampled), _map(sampled, pictures, generator), _alike(sampled, pictures, generator)]

@@ -104,7 +104,7 @@ def search(
         query, wanted, shown = find_vector(folder, manifest.column, id), None, None
     found = nearest(folder, manifest.column, query, count, wanted)
     rows = read_rows([Folder(manifest.metadata), Folder(folder.place("merged"))], found, manifest.id_col)
-    pictures = _pictures(manifest)
+    pictures = Pictures.of_manifest(manifest)
     places = [one.place for one in found]
     lines = _lines(found, pictures.members(places), rows, _columns(rows, column))
     show(lines)
@@ -113,12 +113,6 @@ def search(
     if pictures.missing:
         print(f"warning: {pictures.missing}", file=sys.stderr)
     return found
-
-
-def _pictures(manifest: Manifest) -> Pictures:
-    """Return what reads the images that the vectors of a manifest's layer were made from."""
-    component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
-    return Pictures(manifest.dataset, manifest.output, manifest.column, component, limit)
 
 
 def write_sheet(output: Folder, sheet: str | None, page: str) -> str:

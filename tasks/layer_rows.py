@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +48,7 @@ def group_rows(options: MergeOptions) -> int:
     return rows_per_group(sum(bytes_of(column) for column in options.columns))
 
 
-def check_as_planned(shard: Shard, record: LayerRecord, options: MergeOptions) -> None:
+def check_column_types(shard: Shard, record: LayerRecord, options: MergeOptions) -> None:
     """Prove that a layer's columns are what other shards have of it.
 
     Raises:
@@ -63,7 +63,7 @@ def check_as_planned(shard: Shard, record: LayerRecord, options: MergeOptions) -
 
 
 @contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
+def _naming(where: str) -> Iterator[None]:
     """Say which file it is that Arrow cannot read.
 
     Raises:
@@ -78,16 +78,21 @@ def _named(where: str) -> Iterator[None]:
         raise MalformedShard(f"{where}: damaged ({what}); delete it, and run the command that made it again") from error
 
 
+class _Source(NamedTuple):
+    """An open layer file, and how messages name it."""
+
+    parquet: pq.ParquetFile
+    where: str
+
+
 class LayerFile:
     """An open layer file of a shard."""
 
-    def __init__(self, file: Any, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
-        self._parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=READ_BYTES, pre_buffer=False)
-        known = set(self._parquet.schema_arrow.names)
+    def __init__(self, source: _Source, columns: Sequence[MergedColumn], form: VectorFormat) -> None:
+        self._source = source
+        known = set(source.parquet.schema_arrow.names)
         self._columns = [column for column in columns if column.name in known]
         self._form = form
-        self.where = ""
-        """How messages name the file."""
 
     @classmethod
     @contextlib.contextmanager
@@ -95,17 +100,19 @@ class LayerFile:
         """Open a shard's file of a layer, for the columns that the merged dataset has of it."""
         columns = [column for column in options.columns if column.layer == layer]
         name = shard.layer_file(layer)
+        where = shard.target.place(name)
         with arrow_file(shard.target, name) as file:
-            with _named(shard.target.place(name)):
-                opened = cls(file, columns, options.form)
-            opened.where = shard.target.place(name)
-            yield opened
+            with _naming(where):
+                parquet = pq.ParquetFile(
+                    file, page_checksum_verification=True, buffer_size=READ_BYTES, pre_buffer=False
+                )
+            yield cls(_Source(parquet, where), columns, options.form)
 
     def ids(self) -> pa.ChunkedArray:
         """Return the ids of its samples as text, each once."""
-        with _named(self.where):
-            ids = self._parquet.read([ID], use_threads=False).column(0)
-        several = PART in self._parquet.schema_arrow.names
+        with _naming(self._source.where):
+            ids = self._source.parquet.read([ID], use_threads=False).column(0)
+        several = PART in self._source.parquet.schema_arrow.names
         return pa.chunked_array([ids.unique()]) if several else ids
 
     def values(self, places: np.ndarray) -> LayerValues:
@@ -117,14 +124,7 @@ class LayerFile:
         found = places[places >= 0]
         in_order = bool((found[1:] > found[:-1]).all())
         kind = OrderedValues if in_order else ShuffledValues
-        return kind(_Source(self._parquet, self.where), self._columns, self._form)
-
-
-class _Source(NamedTuple):
-    """An open file, and how messages name it."""
-
-    parquet: pq.ParquetFile
-    where: str
+        return kind(self._source, self._columns, self._form)
 
 
 class LayerValues(Protocol):
@@ -227,7 +227,7 @@ def _numbers(values: pa.Array, rows: np.ndarray, valid: np.ndarray) -> pa.Array:
 
 
 def _read(source: _Source, name: str) -> pa.Array:
-    with _named(source.where):
+    with _naming(source.where):
         return source.parquet.read([name], use_threads=False).column(name).combine_chunks()
 
 
@@ -236,7 +236,7 @@ def _batches(source: _Source, columns: Sequence[MergedColumn]) -> Iterator[pa.Re
     names = [column.name for column in columns]
     size = max(1, BATCH_BYTES // max(1, sum(bytes_of(column) for column in columns)))
     for group in range(source.parquet.num_row_groups):
-        with _named(source.where):
+        with _naming(source.where):
             yield from source.parquet.iter_batches(size, row_groups=[group], columns=names, use_threads=False)
 
 

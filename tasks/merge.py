@@ -37,7 +37,7 @@ from tasks.dataset.metadata import (
     repeated_id,
 )
 from tasks.dataset.vectors import write_groups
-from tasks.layer_rows import LayerFile, check_as_planned, column_type, group_rows, vector_columns
+from tasks.layer_rows import LayerFile, check_column_types, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
@@ -136,7 +136,7 @@ def merge_shard(
         metadata = stack.enter_context(open_rows(shard, options.id_col))
         check_columns(metadata.schema, _where(shard), options.names)
         for of_layer in records.values():
-            check_as_planned(shard, of_layer, options)
+            check_column_types(shard, of_layer, options)
         layers = {name: stack.enter_context(LayerFile.open(shard, name, options)) for name in records}
         ids = canonical_ids(metadata.column(options.id_col))
         layer_ids = {name: layer.ids() for name, layer in layers.items()}

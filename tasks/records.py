@@ -27,6 +27,7 @@ FOOTER_BYTES = 16 << 10
 
 MAGIC = b"PAR1"
 NOT_SEALED = "00000000"
+"""What stands in a record for the checksum of its footer until the file is written."""
 _SEAL = re.compile(rb'"footer_crc32": "([^"]{8})"', re.DOTALL)
 Footer: TypeAlias = pq.FileMetaData
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -20,6 +21,7 @@ from embedders.quarantine import Reason
 from embedders.samples import Component
 from embedders.tar import map_tar, read_tar
 from embedders.tar_index import parse_index
+from tasks.manifest import Manifest
 from tasks.records import layer_record
 from tasks.relocation import missing_dataset
 from tasks.storage.folder import Folder
@@ -60,6 +62,12 @@ class Pictures:
         self.source, self.output, self.layer, self.component = Folder(dataset), Folder(output), layer, image_component
         self.max_pixels = max_pixels or MAX_PIXELS
         self.lost: dict[str, str] = {}
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Self:
+        """Open what a manifest tells of: the images that the vectors of its layer were made from."""
+        component, limit = (manifest.embedder.get(name) for name in ("image_component", "max_pixels"))
+        return cls(manifest.dataset, manifest.output, manifest.column, component, limit)
 
     @property
     def missing(self) -> str:

@@ -48,6 +48,7 @@ def test_a_model_whose_vectors_change_when_it_is_made_quick_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Drifting()
+    # No compiler makes this mistake on demand.
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     assert prepare(model, torch.zeros(4, 3, 2, 2), compiled=True) is model
     assert "cosine of 0.0000" in caplog.text
@@ -60,6 +61,7 @@ def test_where_there_is_no_compiler_the_model_stays_as_it_is(
         raise RuntimeError("no C compiler found")
 
     model = torch.nn.Flatten()
+    # The machine that runs this test may have a compiler.
     monkeypatch.setattr(torch, "compile", lambda module, **_: no_compiler)
     assert prepare(model, torch.ones(4, 3, 2, 2), compiled=True) is model
     assert "not compiled: no C compiler found" in caplog.text
@@ -88,7 +90,7 @@ def test_a_model_is_compiled_where_the_run_is_long_enough(
         asked.append(module)
         return module
 
-    monkeypatch.setattr(torch, "compile", noted)
+    monkeypatch.setattr(torch, "compile", noted)  # only whether it is asked for: compiling itself takes minutes
     embedder = TimmImageEmbedder("test_vit", pretrained=False, batch_size=2)
     embedder.open("cpu", images=expected)
     assert bool(asked) == compiles

@@ -169,7 +169,7 @@ def test_methods_work_alone(shard: OpenShard, loader: str) -> None:
 def test_weights_that_are_resolved_are_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = small()
     embedder.check()
-    monkeypatch.setattr("embedders.timm_parameters.resolve_weights", None)
+    monkeypatch.setattr("embedders.timm_parameters.resolve_weights", None)  # a call would fail
     embedder.open("cpu")
 
 

@@ -240,7 +240,7 @@ def test_in_place_what_a_killed_writer_left_beside_the_tars_is_removed(copied: t
 @pytest.mark.parametrize("column", ["id", "key"])
 def test_the_embedding_column_cannot_be_the_ids(crawl: Path, tmp_path: Path, column: str) -> None:
     embedder = TimmImageEmbedder(TINY, pretrained=False, image_embedding_column=column)
-    with pytest.raises(InputError, match=f"a column cannot be called '{column}'"):
+    with pytest.raises(InputError, match=f"a new column cannot be called '{column}'"):
         embed_dataset(str(crawl / "data"), str(tmp_path / "out"), embedder, device="cpu")
     assert not (tmp_path / "out").exists()
 

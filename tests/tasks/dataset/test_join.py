@@ -55,6 +55,7 @@ def test_without_cudf_arrow_joins_and_says_so(caplog: pytest.LogCaptureFixture) 
 
 
 def test_cudf_joins_many_rows_where_there_is_a_gpu_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice alone, as it is made on machines with and without a GPU; `benchmarks.gpu_check` joins on one."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for gpus, chosen in ((1, "cudf"), (0, "arrow")):
         monkeypatch.setattr(join_module, "count_gpus", lambda found=gpus: found)
