@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.throughput import _crop, load_photographs, run_alone
 from tasks.hardware import count_gpus
+from tasks.manifest import read_manifest
 
 MODEL = "tf_efficientnet_lite0"
 PHOTOGRAPHS = 160
@@ -195,6 +196,34 @@ def readers(folder: str) -> list[Check]:
     ]
 
 
+def merged_on_cudf(folder: str) -> list[Check]:
+    """Merge the flow's shards again by each join, and compare the files."""
+    import pyarrow.parquet as pq
+
+    from tasks.merge import merge_shard
+    from tasks.merge_options import MergeOptions
+    from tasks.plan import Layer, merged_columns
+    from tasks.records import read_layer_record
+    from tasks.shards import find_shards
+
+    manifest, name = read_manifest(f"{folder}/output"), "image_embedding"
+    shards = find_shards(manifest.dataset, manifest.output)
+    read = {shard.name: read_layer_record(shard.target, shard.layer_file(name)) for shard in shards}
+    records = {shard: record for shard, record in read.items() if record is not None}
+    columns = merged_columns([Layer(name, "", {}, True, records)])
+    options = MergeOptions(manifest.id_col, (name,), tuple(columns))
+    rows, same = 0, True
+    for shard in shards:
+        tables = []
+        for join in ("arrow", "cudf"):
+            merge_shard(shard, {name: records[shard.name]}, options, join)
+            tables.append(pq.read_table(shard.target.path(shard.merged_file)))
+        rows, same = rows + len(tables[0]), same and tables[0].equals(tables[1])
+    return [
+        Check("the merge on cuDF and by Arrow", same and rows > 0, f"{rows} rows, {'the same' if same else 'others'}")
+    ]
+
+
 def read_back(folder: str) -> list[Check]:
     """Read the flow's files with pandas, on a machine without a GPU."""
     import pandas as pd
@@ -245,6 +274,8 @@ def main(arguments: Sequence[str]) -> int:
         if "flow" in only:
             checks += attempt("flow", flow, device, checkpoint, args.dataset, folder)
             checks += attempt("reading", readers if device == "cuda" else read_back, folder)
+        if "flow" in only and device == "cuda":
+            checks += attempt("the merge on cuDF", merged_on_cudf, folder)
     print("\n| check | | found |\n|---|---|---|")
     for check in checks:
         print(f"| {check.what} | {'ok' if check.passed else 'FAILED'} | {check.found} |")
