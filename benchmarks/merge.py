@@ -171,7 +171,7 @@ def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int
     """
     from distributed import Client, LocalCluster
 
-    from tasks.merge import merge_group
+    from tasks.merge import merge_shard
 
     def merge_on(folder: str, names: Sequence[str]) -> list[MergeRecord]:
         shards = [_shard(folder, name) for name in names]
@@ -180,7 +180,10 @@ def _cluster(folder: str) -> Iterator[Callable[[Sequence[str]], tuple[float, int
             record = read_layer_record(shard.target, shard.layer_file(COLUMN))
             assert record is not None
             records[shard.name] = {COLUMN: record}
-        return merge_group(shards, records, _options(), client)
+        of_each = [records[shard.name] for shard in shards]
+        futures = client.map(merge_shard, shards, of_each, options=_options(), pure=False)
+        merged: list[MergeRecord] = client.gather(futures)
+        return merged
 
     with (
         LocalCluster(

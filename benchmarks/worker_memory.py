@@ -53,7 +53,7 @@ def embed(folder: Path, model: str | None, device: str) -> dict[str, float]:
     peak = Peak()
     peak.start()
     began = time.perf_counter()
-    (record,) = embed_group([shard], recipes_of(embedder), options)
+    ((record,),) = [of_layer.values() for of_layer in embed_group([shard], recipes_of(embedder), options).values()]
     seconds = time.perf_counter() - began
     assert record.embedded == record.samples
     return {"samples": record.samples, "seconds": seconds, "before": peak.began / 1e3, "peak": peak.most / 1e3}

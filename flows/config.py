@@ -151,6 +151,9 @@ class RunOptions(_Options):
     workers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Worker processes; by default one a GPU, or one for every four cores."
     )
+    worker_timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="Seconds to wait for new workers once all are gone; then the run ends with what is done."
+    )
     scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
     overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
     verify: bool = Field(False, description="Read all that is done and check it against its checksums first.")

@@ -14,11 +14,11 @@ from typing import Any
 
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
+from embedders.errors import InputError
 from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
@@ -26,27 +26,26 @@ from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_ov
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
+from flows.submission import Submission
+from flows.tasks_in_flight import ClusterLost, TasksInFlight
+from tasks.cluster import Cluster, describe
 from tasks.dataset.card import finish_dataset
-from tasks.dataset.even_files import missing_parts, part_groups, write_parts
+from tasks.dataset.even_files import missing_parts, part_groups
 from tasks.dataset.schema import common_schema
-from tasks.embed import EmbedOptions, embed_shards
+from tasks.embed import EmbedOptions
 from tasks.existing_cluster import task_runner
+from tasks.group_size import guess
 from tasks.hardware import choose_device
-from tasks.index import index_shards
 from tasks.manifest import MANIFEST, Manifest, Timing, account, write_manifest
-from tasks.merge import SHARDS_PER_MERGE, merge_shards
 from tasks.own_cluster import OwnCluster, own_cluster
-from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
-from tasks.records import intact, seconds_in_work
-from tasks.retries import ShardFailure, ShardsFailed
+from tasks.plan import Plan, embedding_jobs, make_plan, passes
+from tasks.records import LayerRecord, intact, seconds_in_work
+from tasks.retries import ShardFailure
 from tasks.run_lock import only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
 from tasks.worker_count import choose_workers
-
-ALONE_IN_VAIN = 8
-"""Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
 
 
 class RunFailed(Exception):
@@ -313,27 +312,25 @@ def _embed(
         done_before.with_options(task_run_name=f"{counted(len(work.plan.embedded), 'shard')} done before")(
             len(work.plan.embedded)
         )
-    workers = work.workers(config)
     failures: dict[str, ShardFailure] = {}
-    plan, first, anything = work.plan, 0.0, work.anything
+    plan, first, anything, lost = work.plan, 0.0, work.anything, ""
     if anything:
         with (
             task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner() as runner,
             progress,
             noticing_prefects_signal(),
         ):
-            first = _embed_all(runner, work, config, workers, progress, run_progress, failures)
-            plan = _plan_again(work, config)
-            _merge_all(runner, plan, work, config, failures)
-            if damaged := _damaged(plan, failures):
-                _embed_damaged(runner, damaged, work, config, failures)
-                _merge_all(runner, _plan_again(work, config), work, config, failures)
-            _write_parts(runner, _plan_again(work, config), work, failures)
+            try:
+                first = _on_the_cluster(runner, work, config, progress, run_progress, failures)
+            except ClusterLost as error:
+                lost = f"{error}"
+                progress.note(f"{lost}; what is embedded is kept")
         plan = _plan_again(work, config)
     left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
     failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
-        failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
+        why = f"not done: {lost}" if lost else "its task ended and left no whole output"
+        failures.setdefault(shard.name, ShardFailure(shard.name, why, True))
     fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
     cached = len(work.plan.embedded)
     samples = sum(record.samples for record in fresh)
@@ -385,46 +382,76 @@ def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     return make_plan(work.plan.shards, work.plan.recipes, work.plan.options, overwrite=True)
 
 
-def _embed_all(
+def _on_the_cluster(
     runner: Any,
     work: Work,
     config: EmbedConfig,
-    workers: int,
     progress: Progress,
     run_progress: RunProgress,
     failures: dict[str, ShardFailure],
 ) -> float:
-    """Index and embed every missing shard, a group as soon as it is indexed; the seconds until the first was done."""
-    options = embed_options(config, work, work.images // workers)
-    futures = {}
-    for recipes, shards in embedding_jobs(work.plan):
-        for group in group_shards(shards, workers):
-            indexed = []
-            parameters: dict[str, Any]
-            if recipes[0].embedder.use_index_files and group[0].source.is_local:
-                beside = work.device == "cuda"
-                parameters = {"shards": group, "id_col": config.id_col, "span": span(group), "beside": beside}
-                indexed = [runner.submit(index_shards, parameters=parameters)]
-            parameters = {"shards": group, "recipes": recipes, "options": options, "span": span(group)}
-            futures[runner.submit(embed_shards, parameters=parameters, wait_for=indexed)] = group
-    first, passes_left = 0.0, Counter(shard.name for group in futures.values() for shard in group)
-    for done, records in _drain(futures, failures):
+    """Do everything that is done by tasks, and return the seconds until the first group was embedded.
+
+    Raises:
+        ClusterLost: There is no cluster any more.
+        InputError: The cluster has no GPU, and one was asked for.
+    """
+    found = describe(runner.client)
+    device = work.device if config.scheduler is None else choose_device_on(found, config.device)
+    options = embed_options(config, work, device, work.images // max(found.workers, 1))
+    first, passes_left = 0.0, Counter(shard.name for _, shards in embedding_jobs(work.plan) for shard in shards)
+
+    def embedded(shards: Sequence[Shard], records: Sequence[LayerRecord]) -> None:
+        nonlocal first
         first = first or time.monotonic() - work.started
         progress.embedded(records)
-        passes_left.subtract(shard.name for shard in done)
-        run_progress.embedded += sum(not passes_left[shard.name] for shard in done)
-    if any(failure.alone for failure in failures.values()):
+        passes_left.subtract(shard.name for shard in shards)
+        run_progress.embedded += sum(not passes_left[shard.name] for shard in shards)
+
+    tasks = TasksInFlight(runner, config.worker_timeout, progress.note)
+    size = guess(work.images, len(work.plan.to_embed), device != "cpu")
+    submission = Submission(tasks, work.plan, options, size, embedded, failures)
+    submission.embed_all()
+    plan = _plan_again(work, config)
+    alone = [shard for shard in plan.to_embed if shard.name in failures and failures[shard.name].alone]
+    if alone:
+        submission.embed_alone(alone, plan)
         plan = _plan_again(work, config)
-        alone = [shard for shard in plan.to_embed if shard.name in failures and failures[shard.name].alone]
-        _embed_alone(runner, alone, plan, options, failures)
+    if plan.to_merge:
+        submission.merge_all(plan)
+        plan = _plan_again(work, config)
+    if damaged := _damaged(plan, failures):
+        submission.options = replace(options, verify=True)
+        submission.embed_again(damaged, passes(work.plan.recipes))
+        submission.merge_all(_plan_again(work, config))
+        plan = _plan_again(work, config)
+    if missing := missing_parts(plan):
+        submission.write_parts(part_groups(missing), plan.options, common_schema(plan))
     return first
 
 
-def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOptions:
+def choose_device_on(cluster: Cluster, asked: str) -> str:
+    """Return what the workers of a cluster that is there compute on: "cuda", "cpu", or "auto" for what each has.
+
+    Args:
+        cluster: What its workers have.
+        asked: What the user asked for: "auto", "gpu" or "cpu".
+
+    Raises:
+        InputError: The user asked for a GPU, and no worker has one.
+    """
+    if asked == "cpu":
+        return "cpu"
+    if asked == "gpu" and not cluster.gpus:
+        raise InputError("--device gpu: no worker of this scheduler has a GPU; start some with: dask cuda worker")
+    return cluster.device
+
+
+def embed_options(config: EmbedConfig, work: Work, device: str, images: int = 0) -> EmbedOptions:
     """What embedding tasks need beside shards and recipes."""
     return EmbedOptions(
         config.id_col,
-        work.device,
+        device,
         raise_on_bad_image=config.on_error is OnError.RAISE,
         images=images,
         staging_space=config.staging_space,
@@ -434,100 +461,11 @@ def embed_options(config: EmbedConfig, work: Work, images: int = 0) -> EmbedOpti
     )
 
 
-def _embed_alone(
-    runner: Any, shards: Sequence[Shard], plan: Plan, options: EmbedOptions, failures: dict[str, ShardFailure]
-) -> None:
-    """Try shards once more whose failure may be another one's: each by itself, so that it is nobody else's this time.
-
-    One after the other: what is assigned to a worker that dies counts as having had a part in it.
-    """
-    in_vain = 0
-    for shard in shards:
-        if in_vain == ALONE_IN_VAIN:
-            return
-        del failures[shard.name]
-        for recipes in passes(plan.missing(shard)):
-            parameters = {"shards": (shard,), "recipes": recipes, "options": options, "span": span([shard])}
-            for _ in _drain({runner.submit(embed_shards, parameters=parameters): (shard,)}, failures):
-                pass
-        in_vain = in_vain + 1 if shard.name in failures else 0
-
-
 def _damaged(plan: Plan, failures: Mapping[str, ShardFailure]) -> list[Shard]:
     """The shards that could not be merged because a layer's file, whole by its footer, has a damaged page."""
     failed = [shard for shard in plan.to_merge if shard.name in failures]
     names = [layer.name for layer in plan.asked]
     return [shard for shard in failed if not all(intact(shard.target, shard.layer_file(name)) for name in names)]
-
-
-def _embed_damaged(
-    runner: Any, shards: Sequence[Shard], work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]
-) -> None:
-    """Embed shards again that look done."""
-    options = replace(embed_options(config, work), verify=True)
-    futures = {}
-    for shard in shards:
-        del failures[shard.name]
-        for recipes in passes(work.plan.recipes):
-            parameters = {"shards": (shard,), "recipes": recipes, "options": options, "span": span([shard])}
-            futures[runner.submit(embed_shards, parameters=parameters)] = (shard,)
-    for _ in _drain(futures, failures):
-        pass
-
-
-def _merge_all(runner: Any, plan: Plan, work: Work, config: EmbedConfig, failures: dict[str, ShardFailure]) -> None:
-    """Join every embedded shard whose merged file is missing or old."""
-    options = plan.options
-    futures = {}
-    for start in range(0, len(plan.to_merge), SHARDS_PER_MERGE):
-        group = plan.to_merge[start : start + SHARDS_PER_MERGE]
-        records = {shard.name: plan.records(shard) for shard in group}
-        parameters = {"shards": group, "records": records, "options": options, "span": span(group)}
-        futures[runner.submit(merge_shards, parameters=parameters)] = group
-    for _ in _drain(futures, failures):
-        pass
-
-
-def _write_parts(runner: Any, plan: Plan, work: Work, failures: dict[str, ShardFailure]) -> None:
-    """Make files of an even size of the merged ones, where that was asked for."""
-    missing = missing_parts(plan)
-    schema = common_schema(plan) if missing else None
-    futures: dict[Any, Sequence[Shard]] = {}
-    for group in part_groups(missing):
-        parameters = {"parts": group, "output": plan.shards[0].output, "options": plan.options, "schema": schema}
-        futures[runner.submit(write_parts, parameters=parameters | {"span": group[0].name})] = ()
-    for _ in _drain(futures, failures):
-        pass
-
-
-def _drain(
-    futures: Mapping[Any, Sequence[Shard]], failures: dict[str, ShardFailure]
-) -> Iterator[tuple[Sequence[Shard], Any]]:
-    """Yield the shards and the result of each future as it finishes.
-
-    A failed one is noted for its shards, and stops none of the others.
-    """
-    future: Any  # Prefect's type knows nothing of the Dask future inside
-    for future in as_completed(list(futures)):
-        error: BaseException | None = None
-        try:
-            result = future.result()
-        except Exception as raised:
-            error = raised
-        future.wrapped_future.release()  # a result held on a worker that dies would be computed again
-        if error is None:
-            yield futures[future], result
-        elif isinstance(error, ShardsFailed):
-            failures.update({failure.shard: failure for failure in error.failures})
-        else:
-            for shard in futures[future]:  # its worker died, or Prefect could not run it
-                failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
-
-
-def span(shards: Sequence[Shard]) -> str:
-    """A group of shards as a person says it: "00012" or "00012–00019"."""
-    first, last = shards[0].name, shards[-1].name
-    return first if first == last else f"{first}\N{EN DASH}{last}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,9 @@ from tasks.worker.hang_detection import Held, Limit, Step, end_this_worker, watc
 from tasks.worker.shared_engine import embedders_of, shared_engine
 from tasks.worker.side_process import aside
 
+Records = Mapping[str, Mapping[str, LayerRecord]]
+"""The records of some shards' layers, by shard and layer."""
+
 
 @dataclass(frozen=True)
 class EmbedOptions:
@@ -64,11 +67,11 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> list[LayerRecord]:
+def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> Records:
     """Embed every shard of a group that is not done yet and write its files.
 
     Returns:
-        For each shard, the record of the first layer.
+        The records of each shard's layers, by shard and layer.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
@@ -104,7 +107,7 @@ class _GroupRun:
         self.options = options
         self.limit = Limit(resolve_device(options.device), options.shard_timeout)
         self.found = 0  # shards that were done before
-        self.records: list[LayerRecord] = []
+        self.records: dict[str, dict[str, LayerRecord]] = {}
         self.fresh: list[LayerRecord] = []
         self.done: set[str] = set()
         self.failures: dict[str, ShardFailure] = {}
@@ -144,7 +147,7 @@ class _GroupRun:
                 yield shard
             else:
                 self.found += 1
-                self._note(shard, done[self.recipes[0].layer])
+                self._note(shard, {layer: record for layer, record in done.items() if record is not None})
 
     def _opened(self, stage: Stage) -> Generator[OpenShard]:
         for tar in stage:
@@ -227,7 +230,7 @@ class _GroupRun:
                 ]
                 self._wrote = time.monotonic() - began  # for the next shard's record: a file cannot hold its own
                 self.fresh.append(records[0])
-                self._note(shard, records[0])
+                self._note(shard, {record.layer: record for record in records})
             except BaseException as error:
                 self.failures[shard.name] = ShardFailure.of(shard.name, error)
 
@@ -249,9 +252,8 @@ class _GroupRun:
                 f"{shard.tar}: {first.member}: {first.reason} ({first.detail}), and --on-error is raise"
             )
 
-    def _note(self, shard: Shard, record: LayerRecord | None) -> None:
-        assert record is not None
-        self.records.append(record)
+    def _note(self, shard: Shard, records: dict[str, LayerRecord]) -> None:
+        self.records[shard.name] = records
         self.done.add(shard.name)
 
     def _fail_the_rest(self, shards: Sequence[Shard], error: BaseException) -> None:
@@ -353,7 +355,7 @@ def finish_layer(
 )
 def embed_shards(
     shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str
-) -> list[LayerRecord] | State[list[LayerRecord]]:
+) -> Records | State[Records]:
     """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
     run = _run_group(shards, recipes, options)
     if run.found == len(shards):

@@ -13,6 +13,7 @@ from embedders.tar import map_tar, read_tar_file
 from embedders.tar_index import format_index, indexed_samples, parse_index
 from embedders.webdataset import OpenShard, Samples, describe, open_shard
 from tasks.dataset.metadata import check_metadata
+from tasks.hardware import count_gpus
 from tasks.shards import Shard, check_unchanged
 from tasks.worker.side_process import aside
 
@@ -83,15 +84,15 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     task_run_name="index {span}",
     cache_policy=NO_CACHE,  # the index file is the cache
 )
-def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool = False) -> int | State[int]:
+def index_shards(shards: Sequence[Shard], id_col: str, span: str = "") -> int | State[int]:
     """Index local shards and check their metadata; the number of samples found, `Cached` if all were indexed before.
 
-    With `beside` the worker's side process does it, so that a GPU need not wait for this thread.
+    On a worker with a GPU a side process does it, so that the GPU need not wait for this thread.
 
     A shard that cannot be indexed is only logged here: its embedding meets the same error and reports it, and the
     shards beside it must not wait for a task that failed.
     """
-    samples, logger = 0, get_run_logger()
+    samples, logger, beside = 0, get_run_logger(), bool(count_gpus())
     cached = all(
         indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint, s.key_dot) is not None for s in shards
     )

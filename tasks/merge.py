@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,8 +46,6 @@ from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
 
-SHARDS_PER_MERGE = 1000
-"""Shards of one Dask job: a shard costs Dask milliseconds, a Prefect task a fifth of a second."""
 EXAMPLES = 3
 """Ids without a partner that a record names."""
 
@@ -57,31 +54,25 @@ def merge_group(
     shards: Sequence[Shard],
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
-    client: Any,
     join: Join = "auto",
 ) -> list[MergeRecord]:
-    """Join every shard of a group on the cluster and write its file.
+    """Join every shard of a group, one after the other, and write its file.
 
     Args:
         shards: What is joined.
         records: For each shard, the records of its layers, by layer.
         options: How.
-        client: A Dask client of the cluster.
         join: What finds the row of each id; see `tasks.dataset.join`.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
     """
-    of_each = [records[shard.name] for shard in shards]
-    futures = client.map(merge_shard, shards, of_each, options=options, join=join, pure=False, retries=0)
     done, failures = [], []
-    for shard, future in zip(shards, futures, strict=True):
-        error = future.exception()
-        if error is None:
-            done.append(future.result())
-        else:
+    for shard in shards:
+        try:
+            done.append(merge_shard(shard, records[shard.name], options, join))
+        except Exception as error:
             failures.append(ShardFailure.of(shard.name, error))
-        future.release()
     if failures:
         raise ShardsFailed(failures)
     return done
@@ -390,8 +381,5 @@ def merge_shards(
     span: str,
     join: Join = "auto",
 ) -> list[MergeRecord]:
-    """Join a group of shards as a job of the cluster this task runs on; see `merge_group`."""
-    from distributed import worker_client
-
-    with worker_client() as client:  # gives this task's thread back meanwhile: a lone worker would wait for itself
-        return merge_group(shards, records, options, client, join)
+    """Join a group of shards; see `merge_group`."""
+    return merge_group(shards, records, options, join)

@@ -34,8 +34,6 @@ from tasks.storage.folder import FileInfo, Folder, in_bulk
 
 R = TypeVar("R")
 T = TypeVar("T")
-MAX_TASKS = 400
-SHARDS_PER_GROUP = 32
 
 
 def merged_key(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> str:
@@ -366,10 +364,3 @@ def embedding_jobs(plan: Plan) -> list[tuple[tuple[Recipe, ...], list[Shard]]]:
         for recipes in passes(missing):
             jobs.setdefault(recipes, []).extend(shards)
     return list(jobs.items())
-
-
-def group_shards(shards: Sequence[Shard], workers: int) -> list[tuple[Shard, ...]]:
-    """Split shards into tasks: few enough for Prefect, many enough to keep every worker busy to the end."""
-    even = -(-len(shards) // (max(workers, 1) * 8))
-    size = max(1, min(even, SHARDS_PER_GROUP), -(-len(shards) // MAX_TASKS))
-    return [tuple(shards[i : i + size]) for i in range(0, len(shards), size)]

@@ -56,7 +56,9 @@ def recipe_named(digest: str, layer: str = LAYER) -> Recipe:
 
 def embed_all(shards: Sequence[Shard], embedder: ImageEmbedder, **options: Any) -> list[LayerRecord]:
     """Embed shards here, on the CPU."""
-    return embed_group(shards, recipes_of(embedder), EmbedOptions("key", "cpu", **options))
+    recipes = recipes_of(embedder)
+    done = embed_group(shards, recipes, EmbedOptions("key", "cpu", **options))
+    return [of_layer[recipes[0].layer] for of_layer in done.values()]
 
 
 def plan_of(shards: Sequence[Shard], embedder: ImageEmbedder, **options: Any) -> Plan:

@@ -15,7 +15,7 @@ from embedders.samples import Component, Sample, TarIndex
 from embedders.tar_index import format_index
 from tasks.keys import layer_key, merge_key
 from tasks.merge_options import MergedColumn, MergeOptions
-from tasks.plan import MAX_TASKS, Plan, group_shards, make_plan
+from tasks.plan import Plan, make_plan
 from tasks.records import LayerRecord, MergeRecord, with_record
 from tasks.shards import Shard
 from tests.layers import LAYER, layer_record, recipe_named
@@ -96,16 +96,6 @@ def test_another_embedders_output_is_refused_unless_told(shards: list[Shard]) ->
     with pytest.raises(InputError, match="--overwrite"):
         make_plan(shards, F, OPTIONS)
     assert left(make_plan(shards, F, OPTIONS, overwrite=True)) == (["a/0", "a/1", "a/2"], [])
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 12_345, 100_000])
-@pytest.mark.parametrize("workers", [0, 1, 8, 64])
-def test_groups_hold_every_shard_once(count: int, workers: int) -> None:
-    shards = [Shard(str(n), "/data", "/out", 1, "1", None) for n in range(count)]
-    groups = group_shards(shards, workers)
-    assert [shard for group in groups for shard in group] == shards
-    assert len(groups) <= MAX_TASKS
-    assert len(groups) >= min(count, workers)
 
 
 @pytest.mark.slow
