@@ -52,6 +52,18 @@ class Group:
     recipes: tuple[Recipe, ...] = ()
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The Prefect tasks of a group, in their order."""
+
+    index: Any = index_shards
+    embed: Any = embed_shards
+    merge: Any = merge_shards
+
+
+STAGES = Stages()
+
+
 @dataclass
 class Submission:
     """One run's tasks on its cluster.
@@ -63,6 +75,7 @@ class Submission:
         size: How many shards the next group takes.
         embedded: Called with the shards of a group, and their records of the first layer, once they are embedded.
         failures: Why shards failed, by name; the submission adds to it.
+        stages: The tasks of a group.
     """
 
     tasks: TasksInFlight
@@ -71,6 +84,7 @@ class Submission:
     size: GroupSize
     embedded: Callable[[Sequence[Shard], Sequence[LayerRecord]], None]
     failures: dict[str, ShardFailure]
+    stages: Stages = STAGES
     _groups: dict[Any, Group] = field(default_factory=dict)
     _records: dict[str, dict[str, LayerRecord]] = field(default_factory=dict)
     _columns: dict[str, LayerRecord] = field(default_factory=dict)
@@ -168,14 +182,16 @@ class Submission:
         parameters: dict[str, Any]
         if recipes[0].embedder.use_index_files and shards[0].source.is_local:
             indexed = [
-                self.tasks.submit(index_shards, {"shards": shards, "id_col": self.options.id_col, "span": span(shards)})
+                self.tasks.submit(
+                    self.stages.index, {"shards": shards, "id_col": self.options.id_col, "span": span(shards)}
+                )
             ]
         parameters = {"shards": shards, "recipes": recipes, "options": self.options, "span": span(shards)}
-        self._groups[self.tasks.submit(embed_shards, parameters, indexed)] = group
+        self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         parameters = {"shards": group.shards, "records": records, "options": options, "span": span(group.shards)}
-        self._groups[self.tasks.submit(merge_shards, parameters, after, MERGE_FIRST)] = group
+        self._groups[self.tasks.submit(self.stages.merge, parameters, after, MERGE_FIRST)] = group
 
     def _wait(self) -> list[Group]:
         """Take what ends within a moment, and return the groups that have to be done again."""
