@@ -21,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ def _embed(shard: Shard, recipe: Recipe, options: EmbedOptions, seconds: float) 
 
 
 @task(name="metadata-merge", task_run_name="merge {span}", cache_policy=NO_CACHE, **RETRIES)
-def pretend_to_merge(shards: Sequence[Shard], records: Records, options: MergeOptions, span: str) -> int:
+def pretend_to_merge(
+    shards: Sequence[Shard], records: Records, options: MergeOptions, span: str, there: Collection[str] = ()
+) -> int:
     """Write a small file with a record for each shard."""
     for shard in shards:
         record = MergeRecord(merged_key(shard, records[shard.name], options), SAMPLES, 0, 0)

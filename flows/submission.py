@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -190,7 +191,11 @@ class Submission:
         self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
-        parameters = {"shards": group.shards, "records": records, "options": options, "span": span(group.shards)}
+        there: frozenset[str] = frozenset()
+        if after and not self.options.verify:  # else the plan has looked at it
+            there = self._merged_before.intersection(shard.name for shard in group.shards)
+        parameters = {"shards": group.shards, "records": records, "options": options, "there": tuple(there)}
+        parameters |= {"span": span(group.shards)}
         self._groups[self.tasks.submit(self.stages.merge, parameters, after, MERGE_FIRST)] = group
 
     def _wait(self) -> list[Group]:
@@ -237,6 +242,12 @@ class Submission:
         if whole.shards and self._merge_options is not None:
             of_shards = {s.name: self.plan.records(s) | self._records.pop(s.name) for s in whole.shards}
             self._merge(whole, of_shards, self._merge_options, [ended.future])
+
+    @cached_property
+    def _merged_before(self) -> frozenset[str]:
+        """The shards that had a merged file when the run began; it may still be the right one."""
+        files = self.plan.options.folder(self.plan.shards[0]).list(".parquet")
+        return frozenset(file.name.removesuffix(".parquet") for file in files)
 
     def _has_all(self, shard: Shard) -> bool:
         fresh = self._records.get(shard.name, {})

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ from tasks.layer_rows import LayerFile, check_column_types, column_type, group_r
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
-from tasks.records import LayerRecord, MergeRecord, seal_footer, with_record
+from tasks.records import LayerRecord, MergeRecord, read_merge_record, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
@@ -55,6 +55,7 @@ def merge_group(
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
     join: Join = "auto",
+    there: Collection[str] = (),
 ) -> list[MergeRecord]:
     """Join every shard of a group, one after the other, and write its file.
 
@@ -63,6 +64,7 @@ def merge_group(
         records: For each shard, the records of its layers, by layer.
         options: How.
         join: What finds the row of each id; see `tasks.dataset.join`.
+        there: Names of shards that have a merged file, which stays if it is as it should be.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
@@ -70,12 +72,21 @@ def merge_group(
     done, failures = [], []
     for shard in shards:
         try:
-            done.append(merge_shard(shard, records[shard.name], options, join))
+            before = _done_before(shard, records[shard.name], options) if shard.name in there else None
+            done.append(before or merge_shard(shard, records[shard.name], options, join))
         except Exception as error:
             failures.append(ShardFailure.of(shard.name, error))
     if failures:
         raise ShardsFailed(failures)
     return done
+
+
+def _done_before(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> MergeRecord | None:
+    """Return the record of a merged file that is as it should be, by the planner's own measure."""
+    record = read_merge_record(*options.place(shard))
+    if record is None or record.key != merged_key(shard, records, options):
+        return None
+    return record if not record.unmatched or shard.target.has(shard.unmatched_file) else None
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
@@ -380,6 +391,7 @@ def merge_shards(
     options: MergeOptions,
     span: str,
     join: Join = "auto",
+    there: Collection[str] = (),
 ) -> list[MergeRecord]:
     """Join a group of shards; see `merge_group`."""
-    return merge_group(shards, records, options, join)
+    return merge_group(shards, records, options, join, there)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import random
 import shutil
@@ -17,21 +16,16 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from .conftest import ROOT, processes_with
+from ..servers import free_port
+from .faults import FAULTY, PLAIN, SAMPLES, SHARDS, Chaos, ForeignCluster, leftovers, manifest, twice, written
 
 pytestmark = pytest.mark.chaos
-SHARDS, SAMPLES = 8, 64
-FAULTY = ("--embedder", "tests.faulty:Faulty", "--device", "cpu", "--workers", "2")
-PLAIN = ("--model-name", "test_vit.r160_in1k", "--no-pretrained", "--device", "cpu", "--workers", "2")
 SECONDS_TO_STOP = 10.0
 
 
@@ -44,120 +38,6 @@ def dataset(demo_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for ending in ("tar", "parquet"):
             shutil.copy2(demo_dataset / f"{number % 4:05}.{ending}", folder / f"{number:05}.{ending}")
     return folder
-
-
-@dataclass
-class Run:
-    """A run of the command line in a session of its own, as a terminal or a batch system starts it."""
-
-    output: Path
-    process: subprocess.Popen[bytes]
-    mark: str
-    log: Path
-
-    @property
-    def said(self) -> str:
-        """What it has said so far."""
-        return self.log.read_text()
-
-    def wait(self, timeout: float = 240) -> int:
-        """Its exit status."""
-        return self.process.wait(timeout)
-
-    def wait_until(self, happened: Callable[[], Any], timeout: float = 120) -> None:
-        """Wait for something that it does."""
-        until = time.monotonic() + timeout
-        while not happened():
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < until, self.said
-            time.sleep(0.02)
-
-    def wait_for_shards(self, count: int) -> None:
-        """Wait until it has written the embeddings of so many shards."""
-        self.wait_until(lambda: len(list((self.output / "layers/image_embedding").glob("[!.]*.parquet"))) >= count)
-
-    def wait_for_server(self) -> None:
-        """Wait until it has started a Prefect server."""
-        self.wait_until(lambda: self.children("local_server"))
-
-    def signal_group(self, number: int) -> None:
-        """Send a signal to all that the terminal would send it to."""
-        os.killpg(self.process.pid, number)
-
-    def children(self, word: str) -> list[int]:
-        """The ids of the processes it has started, by a word of their command."""
-        return [pid for pid, command in processes_with(self.mark) if word in command and pid != self.process.pid]
-
-    def workers(self) -> list[int]:
-        """The ids of its Dask workers."""
-        return self.children("spawn_main")
-
-    def wait_until_gone(self, timeout: float = 10) -> None:
-        """Prove that nothing it has started is left."""
-        until = time.monotonic() + timeout
-        while left := processes_with(self.mark):
-            assert time.monotonic() < until, left
-            time.sleep(0.05)
-
-
-@dataclass
-class Chaos:
-    """Starts runs, compares what they leave, and notes what it cost."""
-
-    folder: Path
-    dataset: Path
-    reference: Path
-    runs: int = 0
-    started: list[Run] = field(default_factory=list)
-
-    def start(self, output: Path, *options: str, **environment: str) -> Run:
-        """Start the command line."""
-        self.runs += 1
-        mark = f"CHAOS={self.folder.name}-{self.runs}"
-        log = self.folder / f"{self.runs}.log"
-        variables = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | environment
-        variables |= {"PREFECT_HOME": str(self.folder / "prefect"), "CHAOS": mark.partition("=")[2]}
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flows.embed", str(self.dataset), "--output", str(output), *options],
-                cwd=ROOT,
-                env=variables,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.started.append(run := Run(output, process, mark, log))
-        return run
-
-    def finish(self, output: Path, *options: str, **environment: str) -> dict[str, Any]:
-        """One more run of the same command; its manifest."""
-        run = self.start(output, *(options or FAULTY), **environment)
-        assert run.wait() == 0, run.said
-        return manifest(output)
-
-    def lost(self, output: Path) -> int:
-        """The samples that differ from the undisturbed run's or are not there; none may be there that should not."""
-        lost = 0
-        for number in range(SHARDS):
-            name = f"metadata/{number:05}.parquet"
-            expected = pq.read_table(self.reference / name)
-            if not (output / name).exists():
-                lost += len(expected)
-                continue
-            found = pq.read_table(output / name)
-            assert found.drop_columns("image_embedding") == expected.drop_columns("image_embedding")
-            lost += int((np.abs(matrix(found) - matrix(expected)).max(axis=1) > 1e-5).sum())
-        assert len(list((output / "metadata").rglob("*.parquet"))) == SHARDS
-        assert leftovers(output) == []
-        return lost
-
-    def close(self) -> None:
-        """Leave nothing behind, whatever has failed."""
-        for run in self.started:
-            for pid, _ in processes_with(run.mark):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            run.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -194,33 +74,6 @@ def tell(request: pytest.FixtureRequest) -> Tell:
     from tests.conftest import CHAOS_TABLE
 
     return note
-
-
-def matrix(table: Any) -> np.ndarray:
-    """The vectors of a merged table."""
-    return table.column("image_embedding").combine_chunks().values.to_numpy().reshape(len(table), -1)
-
-
-def manifest(output: Path) -> dict[str, Any]:
-    """The account that a run has left."""
-    return dict(json.loads((output / "manifest.json").read_text()))
-
-
-def leftovers(output: Path) -> list[str]:
-    """Temporary files and locks."""
-    return [str(path) for path in output.rglob("*") if path.name.startswith(".") or path.name == "run.lock"]
-
-
-def written(output: Path) -> dict[str, tuple[int, int]]:
-    """Every embeddings file, by what changes when it is written again."""
-    stats = {path.name: path.stat() for path in (output / "layers/image_embedding").glob("[!.]*.parquet")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def twice(before: dict[str, tuple[int, int]], output: Path) -> int:
-    """The samples in files that were there, whole, and were written again."""
-    after = written(output)
-    return SAMPLES * sum(after.get(name) != stamp for name, stamp in before.items())
 
 
 def test_a_worker_killed(chaos: Chaos, tmp_path: Path, tell: Tell) -> None:
@@ -308,7 +161,7 @@ def test_told_to_stop(chaos: Chaos, tmp_path: Path, tell: Tell, number: signal.S
     output, seconds, again, tried = tmp_path / "out", 0.0, 0, 3
     for attempt in range(tried):
         before = written(output)
-        run = chaos.start(output, *FAULTY, FAULT="slow:1")
+        run = chaos.start(output, *FAULTY, FAULT="slow:3")  # shards are left for the last attempt, too
         if attempt == 0:
             run.wait_for_server()
         else:
@@ -509,3 +362,162 @@ def test_outputs_damaged_between_runs(chaos: Chaos, tmp_path: Path, tell: Tell) 
         assert twice(damaged, output) == SAMPLES * len(damaged), damage.__name__
         lost, again = lost + chaos.lost(output), again + twice(untouched, output)
     tell("outputs deleted, cut, bit-flipped, foreign, swapped", len(DAMAGES), lost, again, seconds)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Iterator[ForeignCluster]:
+    """A scheduler without workers."""
+    cluster = ForeignCluster(tmp_path)
+    cluster.start_scheduler()
+    yield cluster
+    cluster.close()
+
+
+def on(foreign: ForeignCluster, *options: str) -> tuple[str, ...]:
+    """The options of a run on a cluster that is there."""
+    return (*FAULTY[:4], "--scheduler", foreign.address, *options)
+
+
+def test_workers_killed_until_none_is_left(chaos: Chaos, foreign: ForeignCluster, tmp_path: Path, tell: Tell) -> None:
+    output = tmp_path / "out"
+    foreign.environment["FAULT"] = "slow:1"
+    first, second = foreign.start_worker(), foreign.start_worker()
+    run = chaos.start(output, *on(foreign))
+    run.wait_for_shards(1)
+    first.kill()
+    run.wait_for_shards(2)
+    before, fault = written(output), time.monotonic()
+    second.kill()
+    run.wait_until(lambda: "all workers are gone" in run.said, 30)
+    foreign.environment.clear()
+    foreign.start_worker()
+    foreign.start_worker()
+    assert run.wait() == 0, run.said
+    assert "joined; going on" in run.said
+    seconds = time.monotonic() - fault
+    tell("workers killed until none is left, then new ones", 2, chaos.lost(output), twice(before, output), seconds)
+
+
+def test_the_last_worker_gone_for_good(chaos: Chaos, foreign: ForeignCluster, tmp_path: Path, tell: Tell) -> None:
+    output = tmp_path / "out"
+    foreign.environment["FAULT"] = "slow:1"
+    worker = foreign.start_worker()
+    run = chaos.start(output, *on(foreign, "--worker-timeout", "5"))
+    run.wait_for_shards(2)
+    before = written(output)
+    worker.kill()
+    fault = time.monotonic()
+    assert run.wait(60) == 1, run.said
+    assert "all workers were gone for 5 s" in run.said
+    assert "Traceback" not in run.said
+    assert manifest(output)["embedded"] > 0
+    run.wait_until_gone()
+    chaos.finish(output)
+    seconds = time.monotonic() - fault
+    tell("the last worker gone for good", 1, chaos.lost(output), twice(before, output), seconds)
+
+
+def test_the_scheduler_killed(chaos: Chaos, foreign: ForeignCluster, tmp_path: Path, tell: Tell) -> None:
+    output = tmp_path / "out"
+    foreign.environment["FAULT"] = "slow:1"
+    foreign.start_worker()
+    run = chaos.start(output, *on(foreign))
+    run.wait_for_shards(2)
+    before = written(output)
+    assert foreign.scheduler is not None
+    foreign.scheduler.kill()
+    fault = time.monotonic()
+    assert run.wait(75) == 1, run.said
+    assert time.monotonic() - fault < 60
+    assert "the Dask scheduler is gone" in run.said
+    assert "Traceback" not in run.said
+    run.wait_until_gone()
+    foreign.close()
+    chaos.finish(output)
+    seconds = time.monotonic() - fault
+    tell("the Dask scheduler killed", 1, chaos.lost(output), twice(before, output), seconds)
+
+
+def test_a_worker_frozen_for_two_minutes(chaos: Chaos, foreign: ForeignCluster, tmp_path: Path, tell: Tell) -> None:
+    output = tmp_path / "out"
+    foreign.environment["FAULT"] = "slow:1"
+    frozen, _ = foreign.start_worker(), foreign.start_worker()
+    run = chaos.start(output, *on(foreign))
+    run.wait_for_shards(2)
+    before, fault = written(output), time.monotonic()
+    os.kill(frozen.pid, signal.SIGSTOP)
+    time.sleep(120)
+    os.kill(frozen.pid, signal.SIGCONT)
+    assert run.wait() == 0, run.said
+    seconds = time.monotonic() - fault
+    tell("a worker frozen (SIGSTOP) for two minutes", 1, chaos.lost(output), twice(before, output), seconds)
+
+
+HERE, THERE, NAMESPACE = "10.231.77.1", "10.231.77.2", "shard-embed-chaos"
+
+
+@pytest.fixture
+def network() -> Iterator[str]:
+    """A network namespace that a pair of virtual cables joins to this one; the name of the cable's end here."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("a network namespace needs root and iproute2")
+    commands = [
+        f"ip netns add {NAMESPACE}",
+        f"ip link add chaos0 type veth peer name chaos1 netns {NAMESPACE}",
+        f"ip addr add {HERE}/24 dev chaos0",
+        "ip link set chaos0 up",
+        f"ip -n {NAMESPACE} addr add {THERE}/24 dev chaos1",
+        f"ip -n {NAMESPACE} link set chaos1 up",
+        f"ip -n {NAMESPACE} link set lo up",
+    ]
+    try:
+        for command in commands:
+            made = subprocess.run(command.split(), capture_output=True, text=True)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {command}: {made.stderr.strip()}")
+        yield "chaos0"
+    finally:
+        subprocess.run(["ip", "link", "del", "chaos0"], capture_output=True)
+        subprocess.run(["ip", "netns", "del", NAMESPACE], capture_output=True)
+
+
+@pytest.fixture
+def prefect_there(network: str, tmp_path: Path) -> Iterator[str]:
+    """A Prefect server that the namespace reaches; its API's URL."""
+    port = free_port()
+    url, home = f"http://{HERE}:{port}/api", tmp_path / "server"
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HERE, "--port", str(port)]
+    with (tmp_path / "prefect.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
+                break
+            assert time.monotonic() < until, (tmp_path / "prefect.log").read_text()
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_a_network_cut_and_healed(chaos: Chaos, network: str, prefect_there: str, tmp_path: Path, tell: Tell) -> None:
+    output = tmp_path / "out"
+    cluster = ForeignCluster(tmp_path, HERE, {"FAULT": "slow:1", "PREFECT_API_URL": prefect_there})
+    try:
+        cluster.start_scheduler()
+        cluster.start_worker("ip", "netns", "exec", NAMESPACE)
+        cluster.start_worker()
+        run = chaos.start(output, *on(cluster), PREFECT_API_URL=prefect_there)
+        run.wait_for_shards(2)
+        before, fault = written(output), time.monotonic()
+        subprocess.run(["ip", "link", "set", network, "down"], check=True)
+        time.sleep(45)
+        subprocess.run(["ip", "link", "set", network, "up"], check=True)
+        assert run.wait() == 0, run.said
+        seconds = time.monotonic() - fault
+        tell("the network of a worker cut for 45 s", 1, chaos.lost(output), twice(before, output), seconds)
+    finally:
+        cluster.close()
