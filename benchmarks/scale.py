@@ -32,10 +32,11 @@ import pyarrow.parquet as pq
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from embedders.base import ImageEmbedder
 from embedders.recipe import Recipe
 from flows.server import prefect_server
 from flows.submission import Stages, Submission
-from flows.tasks_in_flight import TasksInFlight
+from flows.tasks_in_flight import SettingsOnce, TasksInFlight
 from tasks.embed import EmbedOptions, Records
 from tasks.existing_cluster import task_runner
 from tasks.group_size import GroupSize
@@ -244,21 +245,21 @@ def plan_samples(plan: Plan) -> int:
 @flow(name="scale", persist_result=False)
 def _through(address: str, plan: Any, seconds: float, embedded: Any, failures: Any) -> None:
     """Everything that goes through Prefect and Dask, as `flows.embed` has it."""
-    with task_runner(address) as runner:
+    with task_runner(address) as runner, SettingsOnce.now():
         tasks = TasksInFlight(runner, 60.0, print)
         options = EmbedOptions("key", "cpu")
         submission = Submission(tasks, plan, options, GroupSize(seconds), embedded, failures, STAGES)
         submission.embed_all()
 
 
-class _Pretended:
+class _Pretended(ImageEmbedder):
     """Stands for an embedder in a recipe."""
 
-    use_index_files = True
-    image_component = None
+    def load_dataset_shard(self, tar_path: str) -> Any:
+        raise NotImplementedError
 
-    def accepts(self, decoder: str) -> bool:
-        return True
+    def load_embedding_model(self, device: str) -> Any:
+        raise NotImplementedError
 
 
 def _peak(pid: int) -> int:

@@ -27,7 +27,7 @@ from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
 from flows.submission import Submission
-from flows.tasks_in_flight import ClusterLost, TasksInFlight
+from flows.tasks_in_flight import ClusterLost, SettingsOnce, TasksInFlight
 from tasks.cluster import Cluster, describe
 from tasks.dataset.card import finish_dataset
 from tasks.dataset.even_files import missing_parts, part_groups
@@ -319,6 +319,7 @@ def _embed(
             task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner() as runner,
             progress,
             noticing_prefects_signal(),
+            SettingsOnce.now(),
         ):
             try:
                 first = _on_the_cluster(runner, work, config, progress, run_progress, failures)

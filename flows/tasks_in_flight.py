@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefect.context import SettingsContext
+from prefect.utilities.annotations import quote
+from pydantic import PrivateAttr
+
 from tasks import cluster
 from tasks.wording import counted
 
@@ -71,12 +75,21 @@ class TasksInFlight:
             wait_for: Futures of the tasks that it follows.
             priority: Tasks of a higher one go first.
         """
-        import dask
+        from prefect_dask.task_runners import PrefectDaskFuture
 
-        with dask.annotate(priority=priority):
-            future = self._runner.submit(task, parameters=parameters, wait_for=list(wait_for))
-        self._in_flight[future.wrapped_future.key] = future
-        future.wrapped_future.add_done_callback(self._ended.put)
+        # What the runner's own `submit` does, without looking through all that the task is given: Prefect would do it
+        # to find futures (`quote`), and Dask to name the task by its content (`pure`).
+        dask_future = self._client.submit(
+            task,
+            parameters={name: _argument(value) for name, value in parameters.items()},
+            wait_for=[future.wrapped_future for future in wait_for],
+            return_type="state",
+            priority=priority,
+            pure=False,
+        )
+        future: Any = PrefectDaskFuture(wrapped_future=dask_future, task_run_id=dask_future.task_run_id)
+        self._in_flight[dask_future.key] = future
+        dask_future.add_done_callback(self._ended.put)
         return future
 
     def ended(self, seconds: float) -> Iterator[Ended]:
@@ -164,6 +177,42 @@ class TasksInFlight:
         while self._client.status != "running":
             self.look()
             time.sleep(0.2)
+
+
+class AsItIs(quote[Any]):
+    """An argument in which Prefect need not look for futures.
+
+    Prefect's own `quote` is wrapped once more each time it is pickled (seen in 3.8.8).
+    """
+
+    def __getnewargs__(self) -> tuple[Any]:
+        return (self[0],)
+
+
+def _argument(value: Any) -> Any:
+    """Return an argument as Dask and Prefect want it: a future as Dask's, anything else marked as what it is."""
+    return getattr(value, "wrapped_future", None) or AsItIs(value)
+
+
+class SettingsOnce(SettingsContext):
+    """Prefect's settings, which do not change within a run: turned into plain data once, and not for every task."""
+
+    @classmethod
+    def now(cls) -> SettingsOnce:
+        """Return the settings of this moment, as a context to enter."""
+        settings = SettingsContext.get()
+        assert settings is not None, "Prefect has settings as soon as it is imported"
+        return cls(profile=settings.profile, settings=settings.settings)
+
+    def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        if not include_secrets:
+            return super().serialize(include_secrets)
+        if self._plain is None:
+            self._plain = super().serialize()
+        return self._plain
+
+    _plain: dict[str, Any] | None = PrivateAttr(None)
 
 
 def _minutes(seconds: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from distributed import Client
 
 from ..servers import free_port
 from .conftest import ROOT, processes_with
@@ -195,6 +196,11 @@ class ForeignCluster:
         options = ["--nthreads", "2", "--no-nanny", "--no-dashboard", "--memory-limit", "0"]
         self.workers.append(worker := self._start("worker", self.address, *options, before=before))
         return worker
+
+    def wait_for_workers(self, count: int) -> None:
+        """Wait until so many have joined."""
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(count, timeout=120)
 
     def _start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         with (self.folder / "dask.log").open("ab") as log:

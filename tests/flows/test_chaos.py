@@ -382,6 +382,7 @@ def test_workers_killed_until_none_is_left(chaos: Chaos, foreign: ForeignCluster
     output = tmp_path / "out"
     foreign.environment["FAULT"] = "slow:1"
     first, second = foreign.start_worker(), foreign.start_worker()
+    foreign.wait_for_workers(2)
     run = chaos.start(output, *on(foreign))
     run.wait_for_shards(1)
     first.kill()
@@ -402,6 +403,7 @@ def test_the_last_worker_gone_for_good(chaos: Chaos, foreign: ForeignCluster, tm
     output = tmp_path / "out"
     foreign.environment["FAULT"] = "slow:1"
     worker = foreign.start_worker()
+    foreign.wait_for_workers(1)
     run = chaos.start(output, *on(foreign, "--worker-timeout", "5"))
     run.wait_for_shards(2)
     before = written(output)
@@ -421,6 +423,7 @@ def test_the_scheduler_killed(chaos: Chaos, foreign: ForeignCluster, tmp_path: P
     output = tmp_path / "out"
     foreign.environment["FAULT"] = "slow:1"
     foreign.start_worker()
+    foreign.wait_for_workers(1)
     run = chaos.start(output, *on(foreign))
     run.wait_for_shards(2)
     before = written(output)
@@ -442,6 +445,7 @@ def test_a_worker_frozen_for_two_minutes(chaos: Chaos, foreign: ForeignCluster, 
     output = tmp_path / "out"
     foreign.environment["FAULT"] = "slow:1"
     frozen, _ = foreign.start_worker(), foreign.start_worker()
+    foreign.wait_for_workers(2)
     run = chaos.start(output, *on(foreign))
     run.wait_for_shards(2)
     before, fault = written(output), time.monotonic()
@@ -510,6 +514,7 @@ def test_a_network_cut_and_healed(chaos: Chaos, network: str, prefect_there: str
         cluster.start_scheduler()
         cluster.start_worker("ip", "netns", "exec", NAMESPACE)
         cluster.start_worker()
+        cluster.wait_for_workers(2)
         run = chaos.start(output, *on(cluster), PREFECT_API_URL=prefect_there)
         run.wait_for_shards(2)
         before, fault = written(output), time.monotonic()
