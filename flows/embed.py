@@ -322,11 +322,11 @@ def _embed(
             SettingsOnce.now(),
         ):
             try:
-                first = _on_the_cluster(runner, work, config, progress, run_progress, failures)
+                first, plan = _on_the_cluster(runner, work, config, progress, run_progress, failures)
             except ClusterLost as error:
                 lost = f"{error}"
                 progress.note(f"{lost}; what is embedded is kept")
-        plan = _plan_again(work, config)
+                plan = _plan_again(work, config)
     left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
     failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
@@ -390,8 +390,11 @@ def _on_the_cluster(
     progress: Progress,
     run_progress: RunProgress,
     failures: dict[str, ShardFailure],
-) -> float:
-    """Do everything that is done by tasks, and return the seconds until the first group was embedded.
+) -> tuple[float, Plan]:
+    """Do everything that is done by tasks.
+
+    Returns:
+        The seconds until the first group was embedded, and what the output holds now.
 
     Raises:
         ClusterLost: There is no cluster any more.
@@ -428,7 +431,7 @@ def _on_the_cluster(
         plan = _plan_again(work, config)
     if missing := missing_parts(plan):
         submission.write_parts(part_groups(missing), plan.options, common_schema(plan))
-    return first
+    return first, plan
 
 
 def choose_device_on(cluster: Cluster, asked: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -179,19 +180,16 @@ class TasksInFlight:
             time.sleep(0.2)
 
 
-class AsItIs(quote[Any]):
-    """An argument in which Prefect need not look for futures.
+def _pickled(quoted: Any) -> tuple[Any, tuple[Any]]:
+    return quote, (quoted.unquote(),)
 
-    Prefect's own `quote` is wrapped once more each time it is pickled (seen in 3.8.8).
-    """
 
-    def __getnewargs__(self) -> tuple[Any]:
-        return (self[0],)
+copyreg.pickle(quote, _pickled)  # Prefect's 3.8.8 wraps the value once more whenever it is pickled
 
 
 def _argument(value: Any) -> Any:
     """Return an argument as Dask and Prefect want it: a future as Dask's, anything else marked as what it is."""
-    return getattr(value, "wrapped_future", None) or AsItIs(value)
+    return getattr(value, "wrapped_future", None) or quote(value)
 
 
 class SettingsOnce(SettingsContext):
