@@ -141,6 +141,17 @@ def _share(record: LayerRecord, start: float, stop: float) -> float:
     return max(0.0, min(ended, stop) - max(began, start)) / max(ended - began, 1e-6)
 
 
+def _part_of(whole: Path, shards: int, dataset: Path) -> Path:
+    """Return a dataset of the first shards of another, made of links."""
+    (dataset / "shards").mkdir(parents=True, exist_ok=True)
+    for number in range(shards):
+        for ending in ("tar", "parquet"):
+            name = f"{number:05}.{ending}"
+            if not (dataset / "shards" / name).exists():
+                os.link(whole / "shards" / name, dataset / "shards" / name)
+    return dataset
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure each number of workers, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=(__doc__ or "").split("\n")[0])
@@ -154,9 +165,11 @@ def main(arguments: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results = []
+        most = max(args.workers) * args.shards
+        whole = folder / f"{most}x{args.samples}"
+        make_shards(whole / "shards", most, args.samples, args.photos, available_cores())
         for workers in args.workers:
-            dataset = folder / f"{workers * args.shards}x{args.samples}"
-            make_shards(dataset / "shards", workers * args.shards, args.samples, args.photos, available_cores())
+            dataset = _part_of(whole, workers * args.shards, folder / f"{workers * args.shards}x{args.samples}")
             results.append(result := run(dataset, workers, args.model))
             print(
                 f"{workers} workers: {result.images:,} images, {result.rate:,.0f} a second by files, "
