@@ -40,6 +40,7 @@ from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
 from tasks.records import intact, seconds_in_work
 from tasks.retries import ShardFailure, ShardsFailed
 from tasks.run_lock import only_run
+from tasks.run_names import span_of as span
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
@@ -522,12 +523,6 @@ def _drain(
         else:
             for shard in futures[future]:  # its worker died, or Prefect could not run it
                 failures[shard.name] = replace(ShardFailure.of(shard.name, error), alone=True)
-
-
-def span(shards: Sequence[Shard]) -> str:
-    """A group of shards as a person says it: "00012" or "00012–00019"."""
-    first, last = shards[0].name, shards[-1].name
-    return first if first == last else f"{first}\N{EN DASH}{last}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +38,18 @@ from tasks.dataset.metadata import (
     repeated_id,
 )
 from tasks.dataset.vectors import write_groups
+from tasks.hardware import available_cores
 from tasks.layer_rows import LayerFile, check_column_types, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
 from tasks.records import LayerRecord, MergeRecord, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.run_names import run_name
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
+from tasks.worker.dask_worker import dask_worker
 
 SHARDS_PER_MERGE = 1000
 """Shards of one Dask job: a shard costs Dask milliseconds, a Prefect task a fifth of a second."""
@@ -57,23 +61,36 @@ def merge_group(
     shards: Sequence[Shard],
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
-    client: Any,
+    client: Any | None = None,
     join: Join = "auto",
 ) -> list[MergeRecord]:
-    """Join every shard of a group on the cluster and write its file.
+    """Join every shard of a group, on a cluster or in this process, and write its file.
 
     Args:
         shards: What is joined.
         records: For each shard, the records of its layers, by layer.
         options: How.
-        client: A Dask client of the cluster.
+        client: A Dask client of the cluster; None for threads of this process, one per core.
         join: What finds the row of each id; see `tasks.dataset.join`.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
     """
     of_each = [records[shard.name] for shard in shards]
+    if client is None:
+        with ThreadPoolExecutor(available_cores(), "merge") as pool:
+            here = [pool.submit(merge_shard, *each, options, join) for each in zip(shards, of_each, strict=True)]
+            return _records_of(shards, here)
     futures = client.map(merge_shard, shards, of_each, options=options, join=join, pure=False, retries=0)
+    return _records_of(shards, _released(futures))
+
+
+def _records_of(shards: Sequence[Shard], futures: Iterable[Any]) -> list[MergeRecord]:
+    """Wait for the records of merged shards.
+
+    Raises:
+        ShardsFailed: Some shards failed.
+    """
     done, failures = [], []
     for shard, future in zip(shards, futures, strict=True):
         error = future.exception()
@@ -81,10 +98,16 @@ def merge_group(
             done.append(future.result())
         else:
             failures.append(ShardFailure.of(shard.name, error))
-        future.release()
     if failures:
         raise ShardsFailed(failures)
     return done
+
+
+def _released(futures: Iterable[Any]) -> Iterator[Any]:
+    """Yield Dask's futures and let go of each: a result held on a worker that dies would be computed again."""
+    for future in futures:
+        yield future
+        future.release()
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
@@ -379,7 +402,7 @@ def _like_the_old(folder: Folder, name: str, path: str) -> None:
 
 @task(
     name="metadata-merge",
-    task_run_name="merge {span}",
+    task_run_name=run_name("merge"),
     cache_policy=NO_CACHE,  # the merged file's footer says what it was made of
     **RETRIES,
 )
@@ -387,10 +410,31 @@ def merge_shards(
     shards: Sequence[Shard],
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
-    span: str,
+    span: str = "",
     join: Join = "auto",
 ) -> list[MergeRecord]:
-    """Join a group of shards as a job of the cluster this task runs on; see `merge_group`."""
+    """Join the metadata of a group of shards with their layers, and write the files of the dataset.
+
+    On a Dask worker the shards are jobs of its cluster; elsewhere threads of this process join them.
+
+    Args:
+        shards: The group.
+        records: For each shard, the records of its layers, by layer.
+        options: How they are joined.
+        span: The group's name in Prefect's UI; by default those of its first and last shard.
+        join: What finds the row of each id; see `tasks.dataset.join`.
+
+    Returns:
+        The record of each shard's file.
+
+    Raises:
+        ShardsFailed: Some shards failed, after retries where these may help; all others are written.
+
+    Example:
+        >>> futures = [merge_shards.submit(*group) for group in plan.again().groups_to_merge()]
+    """
+    if dask_worker() is None:
+        return merge_group(shards, records, options, None, join)
     from distributed import worker_client
 
     with worker_client() as client:  # gives this task's thread back meanwhile: a lone worker would wait for itself
