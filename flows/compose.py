@@ -217,7 +217,7 @@ def _failures(futures: Iterable[PrefectFuture[Any]]) -> tuple[dict[str, ShardFai
         except ShardsFailed as error:
             failures |= {failure.shard: failure for failure in error.failures}
         except Exception as error:  # its worker died, or Prefect could not run it
-            crashes.append(one_line(error))
+            crashes.append(one_line(error, named=True))
     return failures, crashes
 
 
