@@ -58,14 +58,14 @@ def files(output: str) -> dict[str, int]:
     }
 
 
-def keys(output: str) -> list[tuple[str, str]]:
-    """The key of each layer and merged file."""
-    found = []
-    for kind, record in {"layers/image_embedding": layer_record, "metadata": merge_record}.items():
+def keys(output: str) -> dict[str, str]:
+    """The key of each layer file and of each merged file."""
+    found = {}
+    readers: dict[str, Any] = {"layers/image_embedding": layer_record, "metadata": merge_record}
+    for kind, record in readers.items():
         folder = Folder(f"{output}/{kind}")
         for name, footer in read_footers(folder, folder.list(".parquet")):
-            made: Any = record(footer)
-            found.append((f"{kind}/{name}", made.key))
+            found[f"{kind}/{name}"] = record(footer).key
     return found
 
 
@@ -101,6 +101,7 @@ def test_it_leaves_what_the_flow_leaves(
     embed(Path(data), tmp_path / "flow")
     flows_own = read_manifest(str(tmp_path / "flow")).model_dump(exclude=TIMES | {"output", "metadata"})
     assert made.model_dump(exclude=TIMES | {"output", "metadata"}) == flows_own
+    assert len(keys(out)) == 6
     assert keys(out) == keys(str(tmp_path / "flow"))
     assert files(out).keys() == files(str(tmp_path / "flow")).keys()
 
@@ -120,9 +121,9 @@ def test_a_second_run_does_what_is_missing(server: str, data: str, out: str) -> 
     (Path(out) / "layers/image_embedding/00001.parquet").unlink()
     (Path(out) / "metadata/00002.parquet").unlink()
     assert run(data, out).shards_cached == 2
-    assert task_names() == ["embed 00001", "index 00001", "merge 00002"]  # the same vectors need no other merge
+    assert task_names() == ["embed 00001", "index 00001", "merge 00002"]  # a layer of the same key needs no new merge
     changed = {name for name, time in files(out).items() if before[name] != time}
-    assert changed == {"layers/image_embedding/00001.parquet", "metadata/00002.parquet"}
+    assert changed == {"layers/image_embedding/00001.parquet", "metadata/00002.parquet", "unmatched/00002.parquet"}
 
 
 def test_search_and_report_take_it(
