@@ -41,6 +41,9 @@ from tasks.worker_count import choose_workers
 DEVICES = {"auto": "auto", "gpu": "cuda", "cpu": "cpu"}
 """What a worker computes on, by what was asked for. "auto" is what that worker has: this process may have none."""
 
+CRASHES_TOLD = 3
+"""Errors of tasks that could not say which shards they failed at; the flow run's log has all."""
+
 
 class EmbeddingGroup(NamedTuple):
     """The arguments of one `embed_shards` task: shards, and the layers that they lack and share a pass for."""
@@ -60,12 +63,17 @@ class MergingGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What the output of a dataset holds and lacks.
+    """What the output of a dataset holds and lacks; `plan_dataset` makes it.
 
     Attributes:
         config: The parameters of the run.
         work: What the run started from.
         now: What the output held when it was read last; see `again`.
+
+    Example:
+        >>> embedded = [embed_shards.submit(*group) for group in plan.groups_to_embed()]  # doctest: +SKIP
+        >>> wait(embedded)  # doctest: +SKIP
+        >>> merged = [merge_shards.submit(*group) for group in plan.again().groups_to_merge()]  # doctest: +SKIP
     """
 
     config: EmbedConfig
@@ -202,7 +210,7 @@ def finish(plan: DatasetPlan, futures: Iterable[PrefectFuture[Any]] = ()) -> Man
         failures,
         first=_seconds_to_first(plan),
         finish_with=f"another run of {flow_run.flow_name or 'this script'}",
-        unexplained="; ".join([NO_OUTPUT, *dict.fromkeys(crashes)]),
+        unexplained="; ".join([NO_OUTPUT, *list(dict.fromkeys(crashes))[:CRASHES_TOLD]]),
     )
     return show_run(manifest, plan.now, _warn, anew=plan.work.anything)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -28,9 +29,11 @@ from tasks.manifest import Manifest, read_manifest
 from tasks.merge import merge_shards
 from tasks.records import layer_record, merge_record, read_footers
 from tasks.storage.folder import Folder
+from tests.servers import s3_server
 
 from .conftest import ROOT, TINY, embed, img2dataset
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 TIMES = {"seconds", "seconds_to_first", "images_per_second", "shards_cached"}
 """Fields of a manifest that are of the run, and not of what the output holds."""
 
@@ -228,3 +231,21 @@ def test_the_example_is_short() -> None:
     assert function.end_lineno is not None
     assert function.end_lineno - function.lineno < 20
     assert f"```python\n{source}```" in (ROOT / "docs/prefect.md").read_text()
+
+
+def test_dataset_and_output_may_lie_in_a_store(
+    server: str, data: str, out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with s3_server() as url:
+        for name, value in CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+        store.mkdir("own-flow")
+        store.put(f"{data}/*", "own-flow/data/")
+        made = run("s3://own-flow/data", "s3://own-flow/out")
+        assert (made.embedded, made.rows, made.shards_failed) == (24, 24, 0)
+        assert run("s3://own-flow/data", "s3://own-flow/out").shards_cached == 3
+        assert not [record for record in caplog.records if record.levelname == "WARNING" and "0000" in record.message]
+    s3fs.S3FileSystem.clear_instance_cache()
