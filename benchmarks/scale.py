@@ -47,6 +47,7 @@ from tasks.merge_options import MergeOptions
 from tasks.plan import Plan, make_plan, merged_key
 from tasks.records import LayerRecord, MergeRecord, seal_footer, with_record
 from tasks.retries import RETRIES
+from tasks.run_names import run_name
 from tasks.shards import Shard, find_shards
 
 LAYER, DIMENSIONS, SAMPLES = "image_embedding", 8, 2
@@ -57,14 +58,16 @@ LINKS = 50_000
 # --- what a worker pretends to do -------------------------------------------------------------------------------------
 
 
-@task(name="index-generation", task_run_name="index {span}", cache_policy=NO_CACHE)
-def pretend_to_index(shards: Sequence[Shard], id_col: str, span: str) -> int:
+@task(name="index-generation", task_run_name=run_name("index"), cache_policy=NO_CACHE)
+def pretend_to_index(shards: Sequence[Shard], id_col: str, span: str = "") -> int:
     """Do nothing."""
     return len(shards)
 
 
-@task(name="shard-embedding", task_run_name="embed {span}", cache_policy=NO_CACHE, **RETRIES)
-def pretend_to_embed(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str) -> Records:
+@task(name="shard-embedding", task_run_name=run_name("embed"), cache_policy=NO_CACHE, **RETRIES)
+def pretend_to_embed(
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str = ""
+) -> Records:
     """Write a small layer file for each shard, and sleep for the rest of the time that it should take."""
     seconds = float(os.environ["SCALE_SECONDS"])
     return {shard.name: {LAYER: _embed(shard, recipes[0], options, seconds)} for shard in shards}
@@ -96,9 +99,9 @@ def _embed(shard: Shard, recipe: Recipe, options: EmbedOptions, seconds: float) 
     return record
 
 
-@task(name="metadata-merge", task_run_name="merge {span}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="metadata-merge", task_run_name=run_name("merge"), cache_policy=NO_CACHE, **RETRIES)
 def pretend_to_merge(
-    shards: Sequence[Shard], records: Records, options: MergeOptions, span: str, there: Collection[str] = ()
+    shards: Sequence[Shard], records: Records, options: MergeOptions, span: str = "", there: Collection[str] = ()
 ) -> int:
     """Write a small file with a record for each shard."""
     for shard in shards:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
-from flows.embed import RunFailed, embed_dataset
+from flows.embed import embed_dataset
+from flows.outcome import RunFailed
 from tasks.dataset.description import columns_made
 from tasks.dataset.vectors import rows_per_group, write_groups
 from tasks.hardware import choose_device, count_gpus

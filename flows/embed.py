@@ -19,12 +19,12 @@ from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
-from flows.artifacts import ProgressArtifact, show_account
+from flows.artifacts import ProgressArtifact
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
+from flows.outcome import NO_OUTPUT, RunFailed, checkpoint_of, show_in_a_page, show_run, write_account
 from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
-from flows.report import REPORT, write_report
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
 from flows.submission import Submission
 from flows.tasks_in_flight import ClusterLost, SettingsOnce, TasksInFlight
@@ -36,32 +36,16 @@ from tasks.embed import EmbedOptions
 from tasks.existing_cluster import task_runner
 from tasks.group_size import guess
 from tasks.hardware import choose_device
-from tasks.manifest import MANIFEST, Manifest, Timing, account, write_manifest
+from tasks.manifest import Manifest, Timing, account, write_manifest
 from tasks.own_cluster import OwnCluster, own_cluster
 from tasks.plan import Plan, embedding_jobs, make_plan, passes
-from tasks.records import LayerRecord, intact, seconds_in_work
+from tasks.records import LayerRecord, intact
 from tasks.retries import ShardFailure
 from tasks.run_lock import only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
 from tasks.worker_count import choose_workers
-
-
-class RunFailed(Exception):
-    """Some shards failed after their retries, or too many samples are quarantined; `manifest` says which.
-
-    All others are done.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        named = [f"{shard}: {why}" for shard, why in manifest.failures.items()]
-        told = "; ".join([*named[:3], "…"] if len(named) > 3 else named)
-        failed = f"{manifest.shards_failed:,} of {counted(manifest.shards, 'shard')} failed ({told})"
-        failed += f"; this does only what failed: {manifest.finish_with}"
-        why = [failed] * bool(manifest.shards_failed) + [manifest.over_limit] * bool(manifest.over_limit)
-        super().__init__("; ".join(why))
-        self.manifest = manifest
 
 
 def embed_dataset(
@@ -192,7 +176,7 @@ def _run(
         manifest = account(work.plan, len(work.plan.shards), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
         write_manifest(manifest)
         progress.found(work.plan)
-        _show_in_a_page(manifest, progress)
+        show_in_a_page(manifest, progress.note)
         return manifest
     run_progress = RunProgress(len(work.plan.embedded))
     try:
@@ -313,7 +297,7 @@ def _embed(
             len(work.plan.embedded)
         )
     failures: dict[str, ShardFailure] = {}
-    plan, first, anything, lost = work.plan, 0.0, work.anything, ""
+    plan, first, anything, unexplained = work.plan, 0.0, work.anything, NO_OUTPUT
     if anything:
         with (
             task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner() as runner,
@@ -324,52 +308,13 @@ def _embed(
             try:
                 first, plan = _on_the_cluster(runner, work, config, progress, run_progress, failures)
             except ClusterLost as error:
-                lost = f"{error}"
-                progress.note(f"{lost}; what is embedded is kept")
+                unexplained = f"not done: {error}"
+                progress.note(f"{error}; what is embedded is kept")
                 plan = _plan_again(work, config)
-    left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
-    failures = {name: failure for name, failure in failures.items() if name in left}
-    for shard in [*plan.to_embed, *plan.to_merge]:
-        why = f"not done: {lost}" if lost else "its task ended and left no whole output"
-        failures.setdefault(shard.name, ShardFailure(shard.name, why, True))
-    fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
-    cached = len(work.plan.embedded)
-    samples = sum(record.samples for record in fresh)
-    spent = Timing(time.monotonic() - work.started, first, seconds_in_work(fresh))
-    again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedders[0])
-    manifest = account(plan, cached, list(failures.values()), spent, samples, again, limit, checkpoint)
-    try:
-        finish_dataset(plan)
-        write_manifest(manifest)
-    except OSError as error:
-        note = {MANIFEST: f"could not be written: {error}"}
-        manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
+    again = finish_with(config, work)
+    manifest = write_account(work, config, plan, failures, first=first, finish_with=again, unexplained=unexplained)
     run_progress.manifest = manifest
-    _show_in_a_page(manifest, progress, anew=anything)
-    if anything:
-        show_account(manifest, plan)
-    if manifest.shards_failed or manifest.over_limit:
-        raise RunFailed(manifest)
-    return manifest
-
-
-def checkpoint_of(embedder: ImageEmbedder) -> str | None:
-    """The weights file that an embedder was given; None for one that has none."""
-    checkpoint = getattr(embedder, "checkpoint", None)
-    return None if checkpoint is None else str(checkpoint)
-
-
-def _show_in_a_page(manifest: Manifest, progress: Progress, anew: bool = False) -> None:
-    """Write report.html; that it cannot be made costs no run its status.
-
-    Args:
-        anew: Also where there is one.
-    """
-    try:
-        if anew or not Folder(manifest.output).has(REPORT):
-            write_report(manifest.output, note=progress.note)
-    except Exception as error:
-        progress.note(f"warning: no {REPORT}: {type(error).__name__}: {error}")
+    return show_run(manifest, plan, progress.note, anew=anything)
 
 
 @task(name="done-before", cache_policy=NO_CACHE)

@@ -86,12 +86,13 @@ class RunProgress:
     manifest: Manifest | None = None
 
 
-def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> Work:
+def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = (), device: str | None = None) -> Work:
     """Find everything that can be found wrong before anything is started or written.
 
     Args:
         config: The run's parameters.
         embedders: By default those that the parameters describe.
+        device: What workers compute on, "cuda", "cpu" or "auto"; by default what the parameters say of this machine.
 
     Raises:
         InputError: Says what is wrong and what to do.
@@ -104,7 +105,7 @@ def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> Wor
         check_scheduler(config.scheduler)
     if config.fingerprint == "content":
         shards = with_content_fingerprints(shards)
-    device = "auto" if config.scheduler else choose_device(config.device)
+    device = device or ("auto" if config.scheduler else choose_device(config.device))
     given, embedders = bool(embedders), tuple(embedders) or config.build_embedders()
     if device == "cpu" and any(getattr(embedder, "precision", None) == "float8" for embedder in embedders):
         raise InputError("--precision float8 needs a GPU, and there is none here; give float16 or leave it out")

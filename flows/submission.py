@@ -20,7 +20,7 @@ from embedders.recipe import Recipe
 from flows.tasks_in_flight import Ended, TasksInFlight
 from tasks.dataset.even_files import Part, write_parts
 from tasks.embed import EmbedOptions, Records, embed_shards
-from tasks.group_size import GroupSize
+from tasks.group_size import SECONDS_OF_A_MERGE, GroupSize
 from tasks.index import index_shards
 from tasks.merge import merge_shards
 from tasks.merge_options import MergeOptions
@@ -37,9 +37,6 @@ AHEAD = 1
 
 MERGE_FIRST = 10
 """The priority of a merge: the reader of the dataset, and the end of the run, wait for it."""
-
-SECONDS_OF_A_MERGE = 0.5
-"""What merging a shard is taken to cost where nothing is embedded."""
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
@@ -166,7 +163,7 @@ class Submission:
         """
         output = self.plan.shards[0].output
         for parts in groups:
-            parameters = {"parts": parts, "output": output, "options": options, "schema": schema, "span": parts[0].name}
+            parameters = {"parts": parts, "output": output, "options": options, "schema": schema}
             self._groups[self.tasks.submit(write_parts, parameters)] = Group(())
         while self._groups:
             self._wait()
@@ -182,12 +179,8 @@ class Submission:
         indexed: list[Any] = []
         parameters: dict[str, Any]
         if recipes[0].embedder.use_index_files and shards[0].source.is_local:
-            indexed = [
-                self.tasks.submit(
-                    self.stages.index, {"shards": shards, "id_col": self.options.id_col, "span": span(shards)}
-                )
-            ]
-        parameters = {"shards": shards, "recipes": recipes, "options": self.options, "span": span(shards)}
+            indexed = [self.tasks.submit(self.stages.index, {"shards": shards, "id_col": self.options.id_col})]
+        parameters = {"shards": shards, "recipes": recipes, "options": self.options}
         self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
@@ -195,7 +188,6 @@ class Submission:
         if after and not self.options.verify:  # else the plan has looked at it
             there = self._merged_before.intersection(shard.name for shard in group.shards)
         parameters = {"shards": group.shards, "records": records, "options": options, "there": tuple(there)}
-        parameters |= {"span": span(group.shards)}
         self._groups[self.tasks.submit(self.stages.merge, parameters, after, MERGE_FIRST)] = group
 
     def _wait(self) -> list[Group]:
@@ -267,9 +259,3 @@ class Submission:
                 found = {"": self._columns[layer.name]}
             layers.append(replace(layer, records=found))
         return replace(self.plan.options, columns=tuple(merged_columns(layers)))
-
-
-def span(shards: Sequence[Shard]) -> str:
-    """Return a group of shards as a person says it: "00012" or "00012–00019"."""
-    first, last = shards[0].name, shards[-1].name
-    return first if first == last else f"{first}\N{EN DASH}{last}"

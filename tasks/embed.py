@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -26,12 +27,15 @@ from tasks.keys import layer_key
 from tasks.layers import LayerWriter, versions
 from tasks.records import Column, LayerRecord, account_agrees, intact, read_layer_record, seconds_in_work
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.run_names import run_name, span_of
 from tasks.shards import Shard, check_unchanged
 from tasks.storage.download_ahead import SPACE, Stage, StagedTar
 from tasks.wording import counted
+from tasks.worker.dask_worker import dask_worker
 from tasks.worker.hang_detection import Held, Limit, Step, end_this_worker, watch
 from tasks.worker.shared_engine import embedders_of, shared_engine
 from tasks.worker.side_process import aside
+from tasks.worker_count import TASKS_PER_GPU_WORKER
 
 Records = Mapping[str, Mapping[str, LayerRecord]]
 """The records of some shards' layers, by shard and layer."""
@@ -65,6 +69,16 @@ def resolve_device(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_places = threading.BoundedSemaphore(TASKS_PER_GPU_WORKER)
+"""For the groups that a process embeds at once. The threads of a Dask worker are as few anyway; Prefect's default task
+runner begins with all tasks at once, and each would hold open shards, or download some."""
+
+
+def _room() -> contextlib.AbstractContextManager[Any]:
+    """Wait, outside a Dask worker, until few enough groups are being embedded in this process."""
+    return _places if dask_worker() is None else contextlib.nullcontext()
 
 
 def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> Records:
@@ -349,20 +363,42 @@ def finish_layer(
 
 @task(
     name="shard-embedding",
-    task_run_name="embed {span}",
+    task_run_name=run_name("embed"),
     cache_policy=NO_CACHE,  # the layer file is the cache: a record that can be gone is none
     **RETRIES,
 )
 def embed_shards(
-    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str = ""
 ) -> Records | State[Records]:
-    """Embed a group of shards; see `embed_group`. Its state is `Cached` if all were found done by their key."""
-    run = _run_group(shards, recipes, options)
+    """Embed a group of shards, each of which is done when its files are written.
+
+    Args:
+        shards: The group. Shards that are done, by their key, are left as they are.
+        recipes: Of the layers to compute, in one pass over the images; see `tasks.plan.passes`.
+        options: What else a task needs.
+        span: The group's name in Prefect's UI and in the log; by default those of its first and last shard.
+
+    Returns:
+        The records of each shard's layers, by shard and layer. The state is `Cached` if all shards were done.
+
+    Raises:
+        ShardsFailed: Some shards failed, after retries where these may help; all others are written.
+
+    Example:
+        >>> future = embed_shards.submit(shards, recipes_of(TimmImageEmbedder("resnet50")), EmbedOptions("key"))
+    """
+    with _room():
+        run = _run_group(shards, recipes, options)
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
     seconds, images = seconds_in_work(run.fresh), sum(record.samples for record in run.fresh)
     bad, rate = sum(sum(record.quarantined.values()) for record in run.fresh), images / seconds
     get_run_logger().info(
-        "%s: %s in %.1f s, %.1f images/s, %d quarantined", span, counted(images, "image"), seconds, rate, bad
+        "%s: %s in %.1f s, %.1f images/s, %d quarantined",
+        span or span_of(shards),
+        counted(images, "image"),
+        seconds,
+        rate,
+        bad,
     )
     return run.records

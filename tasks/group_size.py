@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SECONDS_OF_WORK = 10.0
 """What a group should take at least. A task costs Prefect and Dask about a quarter of a second."""
@@ -15,6 +19,9 @@ SHARE_OF_CONTROL = 0.5
 
 GPU_IMAGES_PER_SECOND, CPU_IMAGES_PER_SECOND = 3000.0, 50.0
 """What a worker is taken to do, until that is measured."""
+
+SECONDS_OF_A_MERGE = 0.5
+"""What merging a shard is taken to cost."""
 
 WEIGHT = 0.2
 """The weight of the newest measurement in a running average."""
@@ -77,6 +84,22 @@ class GroupSize:
 
 def _average(before: float, found: float) -> float:
     return before + WEIGHT * (found - before)
+
+
+def split(shards: Sequence[T], size: GroupSize, threads: int) -> list[tuple[T, ...]]:
+    """Split shards into groups, all at once.
+
+    Args:
+        shards: Any number of them.
+        size: How large groups are.
+        threads: Tasks that run at once.
+    """
+    groups, start = [], 0
+    while start < len(shards):
+        stop = start + size.next(len(shards) - start, threads)
+        groups.append(tuple(shards[start:stop]))
+        start = stop
+    return groups
 
 
 def guess(images: int, shards: int, on_gpu: bool) -> GroupSize:

@@ -14,6 +14,7 @@ from embedders.tar_index import format_index, indexed_samples, parse_index
 from embedders.webdataset import OpenShard, Samples, describe, open_shard
 from tasks.dataset.metadata import check_metadata
 from tasks.hardware import count_gpus
+from tasks.run_names import run_name
 from tasks.shards import Shard, check_unchanged
 from tasks.worker.side_process import aside
 
@@ -81,22 +82,34 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
 
 @task(
     name="index-generation",
-    task_run_name="index {span}",
+    task_run_name=run_name("index"),
     cache_policy=NO_CACHE,  # the index file is the cache
 )
 def index_shards(shards: Sequence[Shard], id_col: str, span: str = "") -> int | State[int]:
-    """Index local shards and check their metadata; the number of samples found, `Cached` if all were indexed before.
+    """Index the shards of a group that lie on a local disk, and check their metadata.
 
+    A shard of a store is indexed when its embedding has downloaded it. One that cannot be indexed is only logged here:
+    its embedding meets the same error and reports it, and the shards beside it must not wait for a task that failed.
     On a worker with a GPU a side process does it, so that the GPU need not wait for this thread.
 
-    A shard that cannot be indexed is only logged here: its embedding meets the same error and reports it, and the
-    shards beside it must not wait for a task that failed.
+    Args:
+        shards: The group.
+        id_col: The column with the ids.
+        span: The group's name in Prefect's UI; by default those of its first and last shard.
+
+    Returns:
+        How many samples were found; the state is `Cached` if all shards were indexed before.
+
+    Example:
+        >>> indexed = index_shards.submit(group.shards, plan.id_col)
+        >>> embed_shards.submit(*group, wait_for=[indexed])
     """
     samples, logger, beside = 0, get_run_logger(), bool(count_gpus())
-    cached = all(
-        indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint, s.key_dot) is not None for s in shards
+    local = [shard for shard in shards if shard.source.is_local]
+    cached = bool(local) and all(
+        indexed_samples(s.target.read_head(s.index_file), s.tar_fingerprint, s.key_dot) is not None for s in local
     )
-    for shard in shards:
+    for shard in local:
         try:
             found, ignored, doubt = aside(index_local, shard, id_col) if beside else index_local(shard, id_col)
             samples += found

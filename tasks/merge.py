@@ -42,6 +42,7 @@ from tasks.merge_options import MergeOptions
 from tasks.plan import merged_key
 from tasks.records import LayerRecord, MergeRecord, read_merge_record, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.run_names import run_name
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
@@ -381,7 +382,7 @@ def _like_the_old(folder: Folder, name: str, path: str) -> None:
 
 @task(
     name="metadata-merge",
-    task_run_name="merge {span}",
+    task_run_name=run_name("merge"),
     cache_policy=NO_CACHE,  # the merged file's footer says what it was made of
     **RETRIES,
 )
@@ -389,9 +390,27 @@ def merge_shards(
     shards: Sequence[Shard],
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
-    span: str,
+    span: str = "",
     join: Join = "auto",
     there: Collection[str] = (),
 ) -> list[MergeRecord]:
-    """Join a group of shards; see `merge_group`."""
+    """Join the metadata of a group of shards with their layers, one shard after the other; write the dataset's files.
+
+    Args:
+        shards: The group.
+        records: For each shard, the records of its layers, by layer.
+        options: How they are joined.
+        span: The group's name in Prefect's UI; by default those of its first and last shard.
+        join: What finds the row of each id; see `tasks.dataset.join`.
+        there: Names of shards that have a merged file, which stays if it is as it should be.
+
+    Returns:
+        The record of each shard's file.
+
+    Raises:
+        ShardsFailed: Some shards failed, after retries where these may help; all others are written.
+
+    Example:
+        >>> futures = [merge_shards.submit(*group) for group in plan.again().groups_to_merge()]
+    """
     return merge_group(shards, records, options, join, there)

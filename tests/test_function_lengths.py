@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MOST_LINES = 60
 FILES = sorted(
     str(file.relative_to(ROOT))
-    for package in ("embedders", "tasks", "flows", "deployments", "benchmarks")
+    for package in ("embedders", "tasks", "flows", "deployments", "examples", "benchmarks")
     for file in (ROOT / package).rglob("*.py")
 )
 

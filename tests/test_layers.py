@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("embedders", "tasks", "flows")
 """From the lowest to the highest: a file imports from its own layer and from those before it."""
-ON_TOP = ("deployments", "benchmarks")
+ON_TOP = ("deployments", "examples", "benchmarks")
 """Import what they like. Nothing imports them."""
 
 

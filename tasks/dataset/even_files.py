@@ -19,6 +19,7 @@ from tasks.merge_options import MergeOptions
 from tasks.plan import Plan
 from tasks.records import PartRecord, read_part_record, seal_footer, with_record
 from tasks.retries import RETRIES, ShardFailure, ShardsFailed
+from tasks.run_names import run_name
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder, in_bulk
 
@@ -142,11 +143,11 @@ def _even(tables: Iterator[pa.Table], schema: pa.Schema, options: MergeOptions, 
 
 @task(
     name="metadata-compaction",
-    task_run_name="write {span}",
+    task_run_name=run_name("write", "parts"),
     cache_policy=NO_CACHE,  # a part's footer says what it was made of
     **RETRIES,
 )
-def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schema: pa.Schema, span: str) -> int:
+def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schema: pa.Schema, span: str = "") -> int:
     """Write some parts and return how many rows they have.
 
     Args:
@@ -154,7 +155,7 @@ def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schem
         output: The output's folder.
         options: How the dataset is written.
         schema: The schema of the whole dataset.
-        span: The parts' names in Prefect's UI.
+        span: The group's name in Prefect's UI; by default those of its first and last part.
 
     Raises:
         ShardsFailed: Some parts failed; all others are written.

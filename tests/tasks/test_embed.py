@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect.logging import disable_run_logger
 
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.recipe import recipes_of
 from embedders.webdataset import open_shard
 from tasks.dataset.metadata import json_metadata
 from tasks.dataset.vectors import vector_array, write_vectors
-from tasks.embed import EmbedOptions
+from tasks.embed import EmbedOptions, embed_shards
 from tasks.records import LayerRecord, read_layer_record
 from tasks.retries import ShardsFailed
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
+from tasks.worker_count import TASKS_PER_GPU_WORKER
 from tests.layers import LAYER, embed_all
 
 from .conftest import MakeShard
@@ -96,6 +102,35 @@ def test_vectors_are_normalised_contiguous_lists_of_float32(make_shard: MakeShar
     matrix = table.column("image_embedding").combine_chunks().flatten().to_numpy().reshape(5, 64)
     np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(matrix - matrix[0], 0, atol=1e-5)  # five times the same photograph
+
+
+groups_at_once: list[int] = []
+"""How many groups were being embedded at each batch of `Slow`."""
+
+
+class Slow(Lengths):
+    """Takes its time, and notes how many groups are being embedded meanwhile."""
+
+    def load_embedding_model(self, device: str) -> Callable[[Any], Any]:
+        def embed(sizes: Any) -> np.ndarray:
+            time.sleep(0.1)
+            groups_at_once.append(sum(thread.name == "group" for thread in threading.enumerate()))
+            return np.array(sizes, float)[:, None]
+
+        return embed
+
+
+def test_few_groups_are_embedded_at_once_outside_of_a_dask_worker(make_shard: MakeShard) -> None:
+    """Prefect's default task runner begins with all tasks at once."""
+    for number in range(9):
+        make_shard(str(number))
+    last = make_shard("9")
+    shards, embedder = find_shards(last.dataset, last.output), Slow()
+    with disable_run_logger(), ThreadPoolExecutor(10) as pool:
+        done = [pool.submit(embed_shards.fn, [shard], recipes_of(embedder), options(embedder)) for shard in shards]
+    assert all(future.result() for future in done)
+    assert len(groups_at_once) == 10
+    assert max(groups_at_once) == TASKS_PER_GPU_WORKER
 
 
 def test_a_second_call_changes_nothing(make_shard: MakeShard, tiny: TimmImageEmbedder) -> None:

@@ -64,3 +64,10 @@ def test_a_shard_that_cannot_be_indexed_stops_no_other(make_shard: MakeShard, tm
     with disable_run_logger():
         assert index_shards.fn(shards, "key", "all") == 6
     assert [file.name for file in shards[0].target.list(".idx")] == ["index/2.idx", "index/3.idx"]
+
+
+def test_a_shard_of_a_store_is_left_to_its_embedding(caplog: pytest.LogCaptureFixture) -> None:
+    shard = Shard("00000", "memory://data", "memory://out", 512, "512-0", None)
+    with disable_run_logger():
+        assert index_shards.fn([shard], "key") == 0
+    assert not caplog.records

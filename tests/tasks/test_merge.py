@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Future
+from prefect.logging import disable_run_logger
 
 from embedders.errors import InputError
 from embedders.quarantine import QuarantinedSample
@@ -28,7 +29,7 @@ from tasks.dataset.metadata import check_metadata
 from tasks.dataset.vectors import VectorFormat, write_groups
 from tasks.keys import layer_key
 from tasks.layers import LayerWriter
-from tasks.merge import merge_group, merge_shard
+from tasks.merge import merge_group, merge_shard, merge_shards
 from tasks.merge_options import MergeOptions
 from tasks.plan import Layer, check_column_names, merged_columns
 from tasks.records import Column, LayerRecord, MergeRecord, read_layer_record, read_merge_record, with_record
@@ -116,6 +117,21 @@ def test_rows_keep_their_order_and_get_their_own_vector(make_shard: MakeShard) -
     }
     assert record == read_merge_record(shard.target, shard.merged_file)
     assert (record.rows, record.rows_without_embedding, record.embeddings_without_row) == (3, 0, 0)
+
+
+def test_without_a_cluster_threads_join_and_a_failure_stops_no_other(make_shard: MakeShard) -> None:
+    """As on Prefect's default task runner."""
+    shards = [embedded(make_shard(name, metadata={"key": ["c", "a", "b"]})) for name in ("0", "1", "2")]
+    layers, options = layers_of(*shards), options_of(layers_of(*shards))
+    records = {shard.name: {it.name: it.records[shard.name] for it in layers} for shard in shards}
+    Path(shards[1].target.path(shards[1].layer_file(COLUMN))).write_bytes(b"cut")
+    with pytest.raises(ShardsFailed) as failed, disable_run_logger():
+        merge_shards.fn(shards, records, options)
+    assert [failure.shard for failure in failed.value.failures] == ["1"]
+    for shard in (shards[0], shards[2]):
+        assert merged(shard)[COLUMN].to_pylist() == [VECTOR["c"], VECTOR["a"], VECTOR["b"]]
+    done = merge_shards.fn(shards[::2], records, options)
+    assert done == [read_merge_record(shard.target, shard.merged_file) for shard in shards[::2]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cudf") is not None, reason="here cuDF is installed, and needs a GPU")
