@@ -92,10 +92,7 @@ async def _ask_scheduler(worker: Any) -> list[int]:
 
 
 def _pids_on(host: str) -> Callable[..., list[int]]:
-    """Return a function for the scheduler, which sends the few workers of one host and not what it knows of all.
-
-    It is sent by value, as a function within a function is: a scheduler need not have this package.
-    """
+    """Return a function for the scheduler, which sends the few workers of one host and not what it knows of all."""
 
     def pids(dask_scheduler: Any) -> list[int]:
         addresses = dask_scheduler.host_info.get(host, {}).get("addresses", ())
