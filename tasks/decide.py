@@ -98,7 +98,7 @@ def _decide_by_first(
         except Exception as error:
             if engine.failure is not None:
                 raise
-            why = f"{shard.name}: {one_line(error)}"  # its embedding reports it
+            why = f"{shard.name}: {one_line(error, named=True)}"  # its embedding reports it
     raise Undecided(why)
 
 
@@ -139,7 +139,9 @@ def decide(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOpt
     try:
         decision = decide_here(shards, recipes, options)
     except Exception as error:
-        logger.warning("undecided, so each worker decides for itself: %s", one_line(error))
+        logger.warning(
+            "undecided, so each worker decides for itself: %s", one_line(error, named=not isinstance(error, Undecided))
+        )
         return None
     if decision is not None:
         logger.info("%s decoding, batches of %d images", decision.decoder, decision.batch_size)
