@@ -48,12 +48,13 @@ class Check:
 
 
 def gpu_tests() -> list[Check]:
-    """Run `pytest -m gpu` on the loaders."""
+    """Run `pytest -m gpu` on the loaders and the sessions."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/embedders/test_loaders.py"]
+    command += ["tests/embedders/test_timm.py", "tests/embedders/test_shared_loading.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    return [Check("pytest -m gpu, loaders", done.returncode == 0, last.strip("= "))]
+    return [Check("pytest -m gpu, loaders and sessions", done.returncode == 0, last.strip("= "))]
 
 
 # --- fidelity ---------------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         checks: list[Check] = []
         if device == "cuda" and "tests" in only:
-            checks += attempt("pytest -m gpu, loaders", gpu_tests)
+            checks += attempt("pytest -m gpu, loaders and sessions", gpu_tests)
         if "fidelity" in only:
             checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
         if "flow" in only:

@@ -84,7 +84,11 @@ def decide_together(sessions: Sequence[Session], shard: OpenShard) -> Decision |
         The decision, for the sessions of the run's other workers; None where nothing has to be measured.
     """
     if len(sessions) == 1:
-        return sessions[0].decide(shard)
+        session = sessions[0]
+        decision = session.decide(shard)
+        if isinstance(session, TimmSession) and not _uses_our_loaders(session.embedder):
+            session.close_loader()  # the embedder may decode by itself
+        return decision
     return decide_for(_timm_sessions(sessions), shard)
 
 

@@ -135,6 +135,10 @@ class TimmSession(Session):
         """Free the model, and the loader with its threads and device memory, also for sessions that share it."""
         super().close()
         self._placed = None
+        self.close_loader()
+
+    def close_loader(self) -> None:
+        """Free the loader. It is opened again if it is asked for."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None

@@ -20,6 +20,7 @@ from embedders.decoder_choice import NO_CORE_DECODES, TRIAL, exact_rate
 from embedders.loader import Loader
 from embedders.open_loader import open_loader
 from embedders.shard_batch import encoded_images
+from embedders.shared_loading import decide_together
 from embedders.timm_session import TimmSession, open_loader_for
 from embedders.webdataset import OpenShard, open_shard
 
@@ -115,6 +116,19 @@ def test_a_session_that_is_opened_by_hand_decides_by_its_first_shard(shard: Open
     assert built == ["exact", "fast"]
 
 
+class OwnBatches(TimmImageEmbedder):
+    def batches(self, shards: Any, device: str) -> Any:
+        raise NotImplementedError
+
+
+def test_an_embedder_that_may_decode_by_itself_keeps_no_loader_of_the_trial(shard: OpenShard, built: list[str]) -> None:
+    session = TimmSession(OwnBatches("test_vit", pretrained=False, num_threads_per_worker=1), "cuda")
+    session.measured = Measured(BATCH, 0.001)
+    assert decide_together([session], shard) == Decision("exact", BATCH)
+    assert session.decoder == ""
+    assert built == ["exact"]
+
+
 def test_what_is_asked_for_counts_more_than_a_decision(shard: OpenShard, built: list[str]) -> None:
     session = on_a_gpu(0.001, Decision("exact", 3), batch_size=4, decode="fast")
     assert rows(session, shard) == list(range(IMAGES))
@@ -169,6 +183,23 @@ def test_a_cpu_decodes_exactly_whatever_is_asked_for(shard: OpenShard) -> None:
     assert sum(len(batch.rows) for batch in session.batches([shard])) == IMAGES
     assert (session.decoder, session.batch_size) == ("exact", 4)
     assert TimmSession(TimmImageEmbedder("test_vit"), "cpu", decision=Decision("fast", 999)).batch_size == 32
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_sessions_keep_to_a_decision(shard: OpenShard) -> None:
+    embedder = TimmImageEmbedder("test_vit", pretrained=False, num_threads_per_worker=1)
+    first = embedder.open("cuda")
+    decided = first.decide(shard)
+    assert decided is not None
+    assert decided.batch_size == first.batch_size
+    assert rows(first, shard) == list(range(IMAGES))
+    assert first.decoder == decided.decoder
+    first.close()
+    for decision in (decided, Decision("exact", 8), Decision("fast", 16)):
+        session = embedder.open("cuda", decision=decision)
+        assert rows(session, shard) == list(range(IMAGES))
+        assert (session.decoder, session.batch_size) == (decision.decoder, decision.batch_size)
+        session.close()
 
 
 def test_precision_is_what_is_asked_for_and_part_of_the_fingerprint(shard: OpenShard) -> None:
