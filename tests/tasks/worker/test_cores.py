@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[3]
 
 @contextlib.contextmanager
 def process(*command: str, folder: Path, affinity: set[int] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a folder, for whose time the environment is as Dask's nanny makes it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """A process in a folder, which may use some cores; with all it has started it ends with the block."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(ROOT)
     pinned = ["taskset", "-c", ",".join(map(str, sorted(affinity)))] if affinity else []
     with subprocess.Popen([*pinned, *command], cwd=folder, env=environment, stderr=subprocess.DEVNULL) as started:
         try:
@@ -43,7 +44,7 @@ def cluster(folder: Path, *affinities: set[int]) -> Iterator[Client]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(process(*scheduler, "--no-dashboard", folder=folder))
         for number, affinity in enumerate(affinities):
-            command = [*worker, "--no-nanny", "--nthreads", "2", "--name", f"w{number}"]
+            command = [*worker, "--nthreads", "2", "--name", f"w{number}"]
             stack.enter_context(process(*command, folder=folder, affinity=affinity))
         with Client(address, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(len(affinities), 60)
