@@ -8,13 +8,14 @@ It installs nothing and needs no network. The last lines are a table; the exit s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from tasks.manifest import read_manifest
 
 MODEL = "tf_efficientnet_lite0"
 PHOTOGRAPHS = 160
+BETWEEN = {"cuda": "vit_large_patch14_clip_224", "cpu": "test_vit"}
+"""A model that one core cannot decode for exactly, and a dozen can."""
 LIMITS = {"exact": 0.9995, "fast": 0.985}
 """The worst cosine to timm's float32 vector that passes, also with float16 weights."""
 
@@ -45,12 +48,13 @@ class Check:
 
 
 def gpu_tests() -> list[Check]:
-    """Run `pytest -m gpu` on the loaders."""
+    """Run `pytest -m gpu` on the loaders and the sessions."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/embedders/test_loaders.py"]
+    command += ["tests/embedders/test_timm.py", "tests/embedders/test_shared_loading.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    return [Check("pytest -m gpu, loaders", done.returncode == 0, last.strip("= "))]
+    return [Check("pytest -m gpu, loaders and sessions", done.returncode == 0, last.strip("= "))]
 
 
 # --- fidelity ---------------------------------------------------------------------------------------------------------
@@ -233,6 +237,71 @@ def read_back(folder: str) -> list[Check]:
     return [Check("pandas.read_parquet", (len(frame), nulls) == (256, 2), f"{len(frame)} rows, {nulls} of them null")]
 
 
+# --- one decision for two workers -------------------------------------------------------------------------------------
+
+
+def one_decision(device: str, dataset: str | None, folder: str) -> list[Check]:
+    """Embed with a worker of one core and one of all others, which would choose differently, and compare the decoders.
+
+    They are external workers, for whose numerical libraries Dask's nanny would set one thread. Both use the first GPU.
+    """
+    from embedders import TimmImageEmbedder
+    from embedders.recipe import recipes_of
+    from flows.demo_data import build_dataset
+    from tasks.decide import decide_here, kept_decision
+    from tasks.embed import EmbedOptions, embed_group
+    from tasks.merge_options import MergeOptions
+    from tasks.plan import make_plan
+    from tasks.shards import find_shards
+    from tasks.worker.cores import share_of_cores
+
+    shards = find_shards(dataset or str(build_dataset(Path(folder, "dataset"))), f"{folder}/decided")
+    recipes, options = recipes_of(TimmImageEmbedder(BETWEEN[device], pretrained=False)), EmbedOptions("key", device)
+    cores = sorted(os.sched_getaffinity(0))
+    pinned = {"few": cores[:1], "many": cores[1:] or cores}
+    with pinned_workers(pinned) as client:
+
+        def on(worker: str, function: Callable[..., Any], *args: Any) -> Any:
+            return client.submit(function, *args, workers=[worker], pure=False)
+
+        shares = {name: on(name, share_of_cores).result() for name in pinned}
+        own = {name: on(name, decide_here, shards, recipes, options).result() for name in pinned}
+        parts = {"few": shards[:2], "many": shards[2:]}
+        futures = [on(name, embed_group, parts[name], recipes, options, own["many"]) for name in pinned]
+        records = [record for future in futures for record in future.result()]
+    made = {(record.decoder, record.batch_size) for record in records}
+    kept = kept_decision(make_plan(shards, recipes, MergeOptions("key")), recipes)
+    alone = ", ".join(f"{len(pinned[name])} cores alone: {own[name]}" for name in pinned)
+    differ = device == "cpu" or own["few"] != own["many"]
+    expected = {name: len(mine) for name, mine in pinned.items()} if len(cores) > 1 else {"few": 1, "many": 1}
+    return [
+        Check("threads of external workers", shares == expected, f"{shares} of {len(cores)}"),
+        Check("two workers would choose differently", differ, alone),
+        Check("two workers, one decoder", len(made) == 1, f"{made} in {len(records)} shards"),
+        Check("a resumed run keeps it", kept == own["many"], str(kept)),
+    ]
+
+
+@contextlib.contextmanager
+def pinned_workers(cores: dict[str, list[int]]) -> Iterator[Any]:
+    """Start a scheduler and, by hand, a worker on each of some lists of cores; yield a client."""
+    from distributed import Client, LocalCluster
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        for name, mine in cores.items():
+            command = ["taskset", "-c", ",".join(map(str, mine)), sys.executable, "-m", "distributed.cli.dask_worker"]
+            command += [cluster.scheduler_address, "--no-nanny", "--no-dashboard", "--nthreads", "2", "--name", name]
+            worker = stack.enter_context(subprocess.Popen(command, env=environment))
+            stack.callback(worker.terminate)
+        client.wait_for_workers(len(cores), 120)
+        yield client
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help=f"trained weights of {MODEL}; random ones are a far weaker check")
     parser.add_argument("--photos", help="folder with photographs, instead of scikit-image's")
     parser.add_argument("--dataset", help="the demo's dataset, where the packages it is made from are missing")
-    parser.add_argument("--only", default="tests,fidelity,flow", help="of tests, fidelity and flow")
+    parser.add_argument("--only", default="tests,fidelity,flow,decision", help="of tests, fidelity, flow and decision")
     args = parser.parse_args(arguments)
     only = args.only.split(",")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -268,7 +337,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         checks: list[Check] = []
         if device == "cuda" and "tests" in only:
-            checks += attempt("pytest -m gpu, loaders", gpu_tests)
+            checks += attempt("pytest -m gpu, loaders and sessions", gpu_tests)
         if "fidelity" in only:
             checks += attempt("fidelity", fidelity, device, checkpoint, args.photos)
         if "flow" in only:
@@ -276,6 +345,8 @@ def main(arguments: Sequence[str]) -> int:
             checks += attempt("reading", readers if device == "cuda" else read_back, folder)
         if "flow" in only and device == "cuda":
             checks += attempt("the merge on cuDF", merged_on_cudf, folder)
+        if "decision" in only:
+            checks += attempt("one decision for two workers", one_decision, device, args.dataset, folder)
     print("\n| check | | found |\n|---|---|---|")
     for check in checks:
         print(f"| {check.what} | {'ok' if check.passed else 'FAILED'} | {check.found} |")

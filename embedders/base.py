@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from embedders.decision import Decision
 from embedders.errors import InputError
 from embedders.fingerprint import NoFingerprint, cached_properties, of_classes, of_value
 from embedders.ids import canonical_id
@@ -118,18 +119,20 @@ class ImageEmbedder(ABC):
     def check(self) -> None:  # noqa: B027  # a custom embedder may have nothing to check
         """Raise InputError if this embedder cannot run, before anything is started or written."""
 
-    def open(self, device: str, images: int = 0) -> Session:
+    def open(self, device: str, images: int = 0, cores: int = 0, decision: Decision | None = None) -> Session:
         """Load the model on this worker.
 
         Args:
             device: "cuda" or "cpu".
             images: How many images this worker will probably see; 0 if unknown.
+            cores: How many processor cores it has for itself; 0 for all that the process may use.
+            decision: The decoder and the batch size that the run has decided on; None if nobody has yet.
 
         Example:
             >>> session = MyEmbedder().open("cpu")  # doctest: +SKIP
             >>> vectors = [session.model(batch.images) for batch in session.batches([open_shard("00000.tar")])]
         """
-        session = Session(self, device, images)
+        session = Session(self, device, images, cores, decision)
         _ = session.model
         return session
 

@@ -46,6 +46,13 @@ def climb(rate_of: Callable[[int], float | None], sizes: Sequence[int] = SIZES) 
             return
 
 
+def halve(rate_of: Callable[[int], float | None], size: int) -> Measured:
+    """Measure a size, and smaller ones where it does not fit (None), each half of the one before."""
+    while (rate := rate_of(size)) is None and size > 1:
+        size //= 2
+    return Measured(size, rate or 0.0)
+
+
 def measure(model: Callable[[torch.Tensor], Any], image: torch.Tensor, size: int | Literal["auto"]) -> Measured:
     """Return the batch size to use on a GPU and what the model alone does with it.
 
@@ -72,6 +79,31 @@ def best_batch(model: Callable[[torch.Tensor], Any], image: torch.Tensor) -> Mea
     Raises:
         torch.OutOfMemoryError: Not even the smallest batch fits.
     """
+    measured = list(climb(_rate_within_memory(model, image, SIZES[0])))
+    return choose(measured) if measured else Measured(SIZES[0], 0.0)
+
+
+def decided_batch(model: Callable[[torch.Tensor], Any], image: torch.Tensor, size: int) -> Measured:
+    """Return what `model` does with the batch size of another GPU; with half of it, and so on, if this one is smaller.
+
+    Args:
+        model: The model on the GPU.
+        image: One input of shape (channels, height, width) on the GPU.
+        size: The batch size that was decided on.
+
+    Raises:
+        torch.OutOfMemoryError: Not even a single image fits.
+    """
+    return halve(_rate_within_memory(model, image, 1), size)
+
+
+def _rate_within_memory(
+    model: Callable[[torch.Tensor], Any], image: torch.Tensor, smallest: int
+) -> Callable[[int], float | None]:
+    """Return a function from a batch size to images per second, None where it needs too much of the GPU's memory.
+
+    The function raises torch.OutOfMemoryError if the `smallest` size does not fit at all.
+    """
     import torch
 
     limit = MEMORY * torch.cuda.get_device_properties(image.device).total_memory
@@ -82,13 +114,12 @@ def best_batch(model: Callable[[torch.Tensor], Any], image: torch.Tensor) -> Mea
             rate = images_per_second(model, image.expand(size, *image.shape).contiguous())
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            if size == SIZES[0]:
+            if size == smallest:
                 raise
             return None
         return rate if torch.cuda.max_memory_allocated(image.device) < limit else None
 
-    measured = list(climb(rate_of))
-    return choose(measured) if measured else Measured(SIZES[0], 0.0)
+    return rate_of
 
 
 def images_per_second(

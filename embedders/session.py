@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from embedders.decision import Decision
 from embedders.shard_batch import ShardBatch
 from embedders.webdataset import OpenShard
 
@@ -40,17 +42,23 @@ class Session:
     makes one.
     """
 
-    def __init__(self, embedder: Embeds, device: str, images: int = 0) -> None:
+    def __init__(
+        self, embedder: Embeds, device: str, images: int = 0, cores: int = 0, decision: Decision | None = None
+    ) -> None:
         """Prepare to load `embedder` on `device`; the model is loaded when `model` is first asked for.
 
         Args:
             embedder: The parameters. They are not changed.
             device: "cuda" or "cpu".
             images: How many images this worker will probably see; 0 if unknown.
+            cores: How many processor cores this worker has for itself; 0 for all that the process may use.
+            decision: What the run has decided; None where this session may decide for itself.
         """
         self.embedder = embedder
         self.device = device
         self.images = images
+        self.cores = cores or len(os.sched_getaffinity(0))
+        self.decision = decision
 
     @functools.cached_property
     def model(self) -> Callable[[Any], Any]:
@@ -60,6 +68,21 @@ class Session:
     def batches(self, shards: Iterable[OpenShard]) -> Iterator[ShardBatch]:
         """Yield the batches of a stream of shards, ready for `model`."""
         yield from self.embedder.batches(shards, self.device)
+
+    def decide(self, shard: OpenShard) -> Decision | None:
+        """Decide what has to be measured, by the images of a shard, and keep to it.
+
+        Called before the first batch, at most once in a run: what one session decides is given to the others.
+
+        Returns:
+            The decision; None if nothing has to be measured, as with most custom embedders.
+        """
+        return self.decision
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a full batch; 0 if only the embedder knows."""
+        return self.decision.batch_size if self.decision else 0
 
     @property
     def decoder(self) -> str:

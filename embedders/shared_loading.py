@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from embedders.base import ImageEmbedder
+from embedders.decision import Decision
 from embedders.session import Session
-from embedders.shard_batch import ShardBatch
-from embedders.timm import TimmImageEmbedder, encoded_images, shard_batch
-from embedders.timm_session import TimmSession, open_loader_for
+from embedders.shard_batch import ShardBatch, encoded_images, shard_batch
+from embedders.timm import TimmImageEmbedder
+from embedders.timm_session import TimmSession, decide_first, decide_for, open_loader_for, reopen_loader_for
 from embedders.webdataset import OpenShard
 
 
@@ -26,13 +27,21 @@ def can_share(one: ImageEmbedder, other: ImageEmbedder) -> bool:
     )
 
 
-def open_together(embedders: Sequence[ImageEmbedder], device: str, images: int = 0) -> list[Session]:
+def open_together(
+    embedders: Sequence[ImageEmbedder],
+    device: str,
+    images: int = 0,
+    cores: int = 0,
+    decision: Decision | None = None,
+) -> list[Session]:
     """Open embedders on one worker, each ready for the batches that `batches_for` gives.
 
     Args:
         embedders: One or more; of several, each must be able to share with each.
         device: "cuda" or "cpu".
         images: How many images this worker will probably see; 0 if unknown.
+        cores: How many processor cores it has for itself; 0 for all that the process may use.
+        decision: The decoder and the batch size that the run has decided on; None if nobody has yet.
 
     Returns:
         A session per embedder, in their order. On a GPU their models are recorded for the smallest of the batch sizes
@@ -48,10 +57,10 @@ def open_together(embedders: Sequence[ImageEmbedder], device: str, images: int =
         ...     vectors = [session.model(batch.images) for session, batch in zip(sessions, batches, strict=True)]
     """
     if len(embedders) == 1:
-        return [embedders[0].open(device, images)]
+        return [embedders[0].open(device, images, cores, decision)]
     if not all(can_share(embedders[0], other) for other in embedders):
         raise ValueError("these embedders do not decode images in the same way; open them one by one")
-    sessions = [TimmSession(_timm(embedder), device, images) for embedder in embedders]
+    sessions = [TimmSession(_timm(embedder), device, images, cores, decision) for embedder in embedders]
     if device.startswith("cuda"):
         for session in sessions:
             session.place()
@@ -62,6 +71,35 @@ def open_together(embedders: Sequence[ImageEmbedder], device: str, images: int =
         _ = session.model
     open_loader_for(sessions)
     return list(sessions)
+
+
+def decide_together(sessions: Sequence[Session], shard: OpenShard) -> Decision | None:
+    """Decide what has to be measured, by the images of a shard, for sessions that were opened together.
+
+    Args:
+        sessions: What `open_together` gave. They keep to what they decide.
+        shard: A shard, opened. Nothing is written of it.
+
+    Returns:
+        The decision, for the sessions of the run's other workers; None where nothing has to be measured.
+    """
+    if len(sessions) == 1:
+        session = sessions[0]
+        decision = session.decide(shard)
+        if isinstance(session, TimmSession) and not _uses_our_loaders(session.embedder):
+            session.close_loader()  # the embedder may decode by itself
+        return decision
+    return decide_for(_timm_sessions(sessions), shard)
+
+
+def use_cores(sessions: Sequence[Session], cores: int) -> None:
+    """Give sessions that were opened together another number of cores, between two streams of shards."""
+    ours = [session for session in sessions if isinstance(session, TimmSession)]
+    before = [session.num_threads for session in ours]
+    for session in sessions:
+        session.cores = cores
+    if [session.num_threads for session in ours] != before:
+        reopen_loader_for(ours)
 
 
 def batches_for(sessions: Sequence[Session], shards: Iterable[OpenShard]) -> Iterator[tuple[ShardBatch, ...]]:
@@ -81,12 +119,19 @@ def batches_for(sessions: Sequence[Session], shards: Iterable[OpenShard]) -> Ite
         for batch in sessions[0].batches(shards):
             yield (batch,)
         return
-    ours = [session for session in sessions if isinstance(session, TimmSession)]
-    if len(ours) < len(sessions) or len({id(session.loader) for session in ours}) != 1:
-        raise ValueError("these sessions were not opened together; see open_together")
+    ours = _timm_sessions(sessions)
+    shards = decide_first(ours, shards)
     for loaded in ours[0].loader.batches(encoded_images(shards)):
         batches = [shard_batch(batch) for batch in loaded]
         yield tuple(batches[session.input_number] for session in ours)
+
+
+def _timm_sessions(sessions: Sequence[Session]) -> list[TimmSession]:
+    """Return sessions as what they are, if they share a loader."""
+    ours = [session for session in sessions if isinstance(session, TimmSession)]
+    if len(ours) < len(sessions) or len({id(session.loader) for session in ours}) != 1:
+        raise ValueError("these sessions were not opened together; see open_together")
+    return ours
 
 
 def _uses_our_loaders(embedder: ImageEmbedder) -> bool:

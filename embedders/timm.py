@@ -10,11 +10,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from embedders.decision import Decision
 from embedders.fingerprint import of_classes
-from embedders.loader import Encoded, LoadedBatch
-from embedders.shard_batch import Row, ShardBatch
+from embedders.shard_batch import ShardBatch, encoded_images, shard_batch
 from embedders.timm_parameters import NOT_SENT, TimmParameters
-from embedders.timm_session import TimmSession
+from embedders.timm_session import TimmSession, decide_first
 from embedders.webdataset import OpenShard, open_shard
 
 if TYPE_CHECKING:
@@ -48,17 +48,20 @@ class TimmImageEmbedder(TimmParameters):
         known = self.execution_parameters | NOT_SENT | {"_planned_weights"} | PARAMETERS
         return found | {"classes": of_classes(type(self), TimmImageEmbedder), "attributes": self._attributes(known)}
 
-    def open(self, device: str, images: int = 0) -> TimmSession:
+    def open(self, device: str, images: int = 0, cores: int = 0, decision: Decision | None = None) -> TimmSession:
         """Load the model on a device, together with all that is measured there.
 
         Args:
             device: "cuda" or "cpu".
             images: How many images this worker will probably see; 0 if unknown. Compiling pays where they are many.
+            cores: How many processor cores it has for itself; 0 for all that the process may use.
+            decision: The decoder and the batch size that the run has decided on. Without one, the session decides by
+                the first shard that it gets.
 
         Raises:
             InputError: The weights are not those that the run was planned with, or do not fit.
         """
-        session = TimmSession(self, device, images)
+        session = TimmSession(self, device, images, cores, decision)
         _ = session.model
         return session
 
@@ -117,6 +120,7 @@ class TimmImageEmbedder(TimmParameters):
     def _own_batches(self, shards: Iterable[OpenShard], device: str) -> Iterator[ShardBatch]:
         session = self._session_on(device)
         try:
+            shards = decide_first([session], shards)
             for loaded in session.loader.batches(encoded_images(shards)):
                 yield shard_batch(loaded[session.input_number])
         finally:
@@ -126,15 +130,3 @@ class TimmImageEmbedder(TimmParameters):
 
 PARAMETERS = frozenset(inspect.signature(TimmImageEmbedder.__init__).parameters)
 """Attributes of a subclass that the fingerprint of its parent covers."""
-
-
-def encoded_images(shards: Iterable[OpenShard]) -> Iterator[Encoded]:
-    """Yield every image of a stream of shards that is worth looking at, tagged with its `Row`."""
-    for number, shard in enumerate(shards):
-        for i, data, header in shard.encoded():
-            yield Encoded(Row(number, i), data, header)
-
-
-def shard_batch(batch: LoadedBatch) -> ShardBatch:
-    """Return a batch of the images that `encoded_images` gave."""
-    return ShardBatch(batch.images, batch.tags, batch.rejected)  # type: ignore[arg-type]

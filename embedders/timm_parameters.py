@@ -41,8 +41,8 @@ class TimmParameters(ImageEmbedder):
         use_index_files: Keep the shards' indexes in the output's index folder.
         checkpoint: A .safetensors or .pth file with the weights (loaded without pickle).
         loader: "dali", "reference" (Pillow and timm's own transform), or "auto": DALI where it can.
-        decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" times the first batches
-            and uses the GPU decoder only if exact decoding would slow the model down.
+        decode: "exact" decodes on the CPU to Pillow's very pixels, "fast" on the GPU; "auto" times exact decoding once
+            in a run and uses the GPU decoder only if exact decoding would slow the model down.
         exif: "apply" turns images by their EXIF orientation; timm's own loader does not.
         max_pixels: Images with more, by their header, go to quarantine undecoded.
         image_component: The extension of the image to embed where samples have several, such as "left.jpg"; or
@@ -238,11 +238,6 @@ class TimmParameters(ImageEmbedder):
         dtype = precisions.input_dtype(self.precision, self.autocast, device)
         return ModelInput(timm_transform(self.data_config), preprocessing, dtype)
 
-    @property
-    def num_threads(self) -> int:
-        """Threads that decode: as asked for, else this worker's share of the cores."""
-        return self.num_threads_per_worker or _available_cores()
-
     def model_dtype(self, device: str) -> torch.dtype:
         """Return what the model's weights and activations are on a device."""
         return precisions.model_dtype(self.precision, self.autocast, device)
@@ -281,8 +276,3 @@ class TimmParameters(ImageEmbedder):
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(config.items())}
-
-
-def _available_cores() -> int:
-    """Return this worker's share of the cores: what its cluster says, else all that the process may use."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

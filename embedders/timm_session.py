@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from embedders.batch_size import AUTO_BATCH_SIZE, Measured, images_per_second, measure
+from embedders.batch_size import AUTO_BATCH_SIZE, Measured, decided_batch, images_per_second, measure
 from embedders.compile import ALIKE, COMPILE_SECONDS, prepare
-from embedders.decoder_choice import ChosenLoader
+from embedders.decision import Decision
+from embedders.decoder_choice import exact_rate, surely_fast
 from embedders.errors import is_out_of_memory
+from embedders.open_loader import LoaderKind, open_loader
 from embedders.precision import Precision
 from embedders.session import Session
-from embedders.shard_batch import ShardBatch
+from embedders.shard_batch import ShardBatch, encoded_images
 from embedders.timm_parameters import TimmParameters
 from embedders.webdataset import OpenShard
 
 if TYPE_CHECKING:
     import torch
 
-    from embedders.loader import ModelInput
+    from embedders.loader import Loader, ModelInput
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +52,28 @@ class TimmSession(Session):
 
     embedder: TimmParameters
 
-    def __init__(self, embedder: TimmParameters, device: str, images: int = 0) -> None:
+    def __init__(
+        self,
+        embedder: TimmParameters,
+        device: str,
+        images: int = 0,
+        cores: int = 0,
+        decision: Decision | None = None,
+    ) -> None:
         """Prepare to load `embedder` on `device`; see `Session`."""
         copy = object.__new__(type(embedder))
         # Not copy.copy, which leaves out the resolved weights as pickle does: they would be looked up again.
         vars(copy).update(vars(embedder), _session=weakref.ref(self))
-        super().__init__(copy, device, images)
+        super().__init__(copy, device, images, cores, decision)
+        if not self.on_gpu:  # a CPU always decodes exactly, and what suits a GPU may be too large for it
+            self.decision = None
         self.measured: Measured | None = None
         """What the model was measured to do here; None on a CPU where nothing depends on it."""
         self.batch_limit = sys.maxsize
         """Images of the largest batch that this worker has memory for, or that sessions beside this one agree on."""
         self._placed: _Placed | None = None
-        self._loader: ChosenLoader | None = None
+        self._loader: Loader | None = None
+        self._decoder = ""
         self.input_number = 0
         """Which of the loader's inputs is this session's."""
 
@@ -70,20 +83,44 @@ class TimmSession(Session):
         return self.device.startswith("cuda")
 
     @property
+    def num_threads(self) -> int:
+        """Threads that decode: as asked for, else one per core of this worker."""
+        return self.embedder.num_threads_per_worker or self.cores
+
+    @property
     def batch_size(self) -> int:
-        """Images of a full batch; on a GPU with "auto" it is measured before the model is loaded."""
+        """Images of a full batch; on a GPU with "auto" as decided, or measured before the model is loaded."""
         asked = self.embedder.batch_size
-        if asked == "auto":
+        if asked == "auto" and self.decision is not None:
+            asked = self.decision.batch_size
+        elif asked == "auto":
             asked = self.measured.size if self.measured else AUTO_BATCH_SIZE[self.device.partition(":")[0]]
         return min(asked, self.batch_limit)
 
     @property
     def decoder(self) -> str:
         """ "exact" or "fast" for DALI's decoders, "reference" for Pillow; empty until the first batch."""
-        return self._loader.decoder if self._loader else ""
+        return self._decoder if self._loader else ""
 
     @property
-    def loader(self) -> ChosenLoader:
+    def decoders_differ(self) -> bool:
+        """Whether exact or fast decoding is chosen by measuring."""
+        options = self.embedder.decode_options
+        return self.on_gpu and options.kind is LoaderKind.DALI and options.decode == "auto"
+
+    @property
+    def undecided(self) -> bool:
+        """Whether something is left to decide by measuring."""
+        if not self.on_gpu or self.decision is not None:
+            return False
+        return self.embedder.batch_size == "auto" or self.decoders_differ
+
+    def decide(self, shard: OpenShard) -> Decision | None:
+        """Decide on decoder and batch size; None on a CPU, or where neither has to be measured."""
+        return decide_for([self], shard)
+
+    @property
+    def loader(self) -> Loader:
         """The loader, which is opened when it is first asked for and lives as long as the session."""
         if self._loader is None:
             open_loader_for([self])
@@ -98,6 +135,10 @@ class TimmSession(Session):
         """Free the model, and the loader with its threads and device memory, also for sessions that share it."""
         super().close()
         self._placed = None
+        self.close_loader()
+
+    def close_loader(self) -> None:
+        """Free the loader. It is opened again if it is asked for."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -109,11 +150,26 @@ class TimmSession(Session):
         self.embedder.check_weights()
         self._placed = placed = _place(self.embedder, self.device)
         if self.on_gpu:
-            self.measured = measure(
-                lambda images: placed.model(images.to(memory_format=placed.layout)),
-                placed.image,
-                self.embedder.batch_size,
+            self.measured = self._measure(placed)
+
+    def _measure(self, placed: _Placed) -> Measured:
+        """Return the batch size that a model on the GPU will have, and what the model does with it."""
+
+        def model(images: torch.Tensor) -> Any:
+            return placed.model(images.to(memory_format=placed.layout))
+
+        asked = self.embedder.batch_size
+        if asked != "auto" or self.decision is None:
+            return measure(model, placed.image, asked)
+        measured = decided_batch(model, placed.image, self.decision.batch_size)
+        if measured.size < self.decision.batch_size:
+            self.batch_limit = measured.size
+            logger.warning(
+                "a batch of %d images needs more memory than there is: taking %d",
+                self.decision.batch_size,
+                measured.size,
             )
+        return measured
 
     def load(self) -> Callable[[torch.Tensor], Any]:
         """Load the model and make it fast for batches of `batch_size`; see `TimmImageEmbedder.load_embedding_model`."""
@@ -230,16 +286,84 @@ def open_loader_for(sessions: Sequence[TimmSession]) -> None:
             wanted.append(want)
             inputs.append(model_input)
         session.input_number = wanted.index(want)
-    loader = ChosenLoader(
+    loader, decoder = open_loader(
         first.embedder.decode_options,
         inputs,
+        fast=_decodes_fast(sessions),
         batch_size=min(session.batch_size for session in sessions),
-        num_threads=max(session.embedder.num_threads for session in sessions),
+        num_threads=_threads(sessions),
         device=first.device,
-        model_rate=rate_together([session.measured.rate if session.measured else 0.0 for session in sessions]),
     )
     for session in sessions:
-        session._loader = loader
+        session._loader, session._decoder = loader, decoder
+
+
+def reopen_loader_for(sessions: Sequence[TimmSession]) -> None:
+    """Close the loader that sessions share, and open another by what they say now."""
+    sessions[0].loader.close()
+    open_loader_for(sessions)
+
+
+def decide_first(sessions: Sequence[TimmSession], shards: Iterable[OpenShard]) -> Iterator[OpenShard]:
+    """Decide by the first of a stream of shards, where sessions of one loader have not decided; return the stream.
+
+    A run decides before its first shard, and gives its sessions the decision. This is for whoever opens one by hand.
+    """
+    shards = iter(shards)
+    if not any(session.undecided for session in sessions):
+        return shards
+    first = list(itertools.islice(shards, 1))
+    for shard in first:
+        decide_for(sessions, shard)
+    return itertools.chain(first, shards)
+
+
+def decide_for(sessions: Sequence[TimmSession], shard: OpenShard) -> Decision | None:
+    """Decide on the decoder and the batch size of sessions that share a loader; they keep to it.
+
+    Args:
+        sessions: One or more, with their models loaded.
+        shard: Its images are decoded for the trial, and thrown away.
+
+    Returns:
+        The decision; None where nothing has to be measured.
+    """
+    first = sessions[0]
+    if not any(session.undecided for session in sessions):
+        return first.decision
+    if first._loader is None:
+        open_loader_for(sessions)
+    decoder, size = first.decoder, min(session.batch_size for session in sessions)
+    if decoder == "exact" and first.decoders_differ and (model := _rate_of(sessions)):
+        exact = exact_rate(first.loader, encoded_images([shard]), size)
+        logger.info("exact decoding gives %.0f images/s, the model takes %.0f", exact, model)
+        if 0 < exact < model:
+            decoder = "fast"
+    decision = Decision(decoder, size)
+    for session in sessions:
+        session.decision = decision
+    if decoder != first.decoder:
+        reopen_loader_for(sessions)
+    return decision
+
+
+def _decodes_fast(sessions: Sequence[TimmSession]) -> bool:
+    """Return whether sessions that share a loader decode on the GPU: as asked, as decided, or as is sure to be best."""
+    first = sessions[0]
+    if not first.decoders_differ:
+        return first.on_gpu and first.embedder.decode == "fast"
+    if first.decision is not None:
+        return first.decision.decoder == "fast"
+    return surely_fast(_rate_of(sessions), _threads(sessions))
+
+
+def _threads(sessions: Sequence[TimmSession]) -> int:
+    return max(session.num_threads for session in sessions)
+
+
+def _rate_of(sessions: Sequence[TimmSession]) -> float:
+    """Return the images per second that the models of sessions take together, as far as it was measured; else 0."""
+    return rate_together([session.measured.rate if session.measured else 0.0 for session in sessions])
 
 
 def rate_together(rates: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from embedders.recipe import Recipe
 from flows.tasks_in_flight import Ended, TasksInFlight
 from tasks.dataset.even_files import Part, write_parts
+from tasks.decide import TRIES, decide, kept_decision
 from tasks.embed import EmbedOptions, Records, embed_shards
 from tasks.group_size import SECONDS_OF_A_MERGE, GroupSize
 from tasks.index import index_shards
@@ -52,8 +53,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Stages:
-    """The Prefect tasks of a group, in their order."""
+    """The Prefect tasks of a group, in their order; the first one is done once, for all groups."""
 
+    decide: Any = decide
     index: Any = index_shards
     embed: Any = embed_shards
     merge: Any = merge_shards
@@ -84,6 +86,8 @@ class Submission:
     failures: dict[str, ShardFailure]
     stages: Stages = STAGES
     _groups: dict[Any, Group] = field(default_factory=dict)
+    _decisions: dict[str, Any] = field(default_factory=dict)
+    """What was decided for a pass, or the future of the task that decides, by the sources of its recipes."""
     _records: dict[str, dict[str, LayerRecord]] = field(default_factory=dict)
     _columns: dict[str, LayerRecord] = field(default_factory=dict)
     _merge_options: MergeOptions | None = None
@@ -181,7 +185,29 @@ class Submission:
         if recipes[0].embedder.use_index_files and shards[0].source.is_local:
             indexed = [self.tasks.submit(self.stages.index, {"shards": shards, "id_col": self.options.id_col})]
         parameters = {"shards": shards, "recipes": recipes, "options": self.options}
+        parameters |= {"decision": self._decision(group)}
         self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
+
+    def _decision(self, group: Group) -> Any:
+        """Return the decoder and the batch size of a pass: as shards that are done have them, or as they are measured.
+
+        On a CPU nothing depends on measuring.
+        """
+        name = _sources(group)
+        if name not in self._decisions:
+            kept = kept_decision(self.plan, group.recipes)
+            if kept is None and self.options.device != "cpu":
+                parameters = {"shards": group.shards[:TRIES], "recipes": group.recipes, "options": self.options}
+                kept = self.tasks.submit(self.stages.decide, parameters)
+            self._decisions[name] = kept
+        return self._decisions[name]
+
+    def _decided(self, ended: Ended) -> None:
+        """Take a decision; one that was lost is made again for the groups that follow."""
+        for name in [name for name, decision in self._decisions.items() if decision is ended.future]:
+            self._decisions[name] = ended.result
+            if ended.lost:
+                del self._decisions[name]
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         there: frozenset[str] = frozenset()
@@ -198,7 +224,8 @@ class Submission:
         """Take what has come of a task; return its group if nobody knows, so that it has to be done again."""
         group = self._groups.pop(ended.future, None)
         try:
-            if group is None:  # an index task: its embedding tells
+            if group is None:  # of an index task its embedding tells
+                self._decided(ended)
                 return None
             if ended.lost:
                 return group
@@ -259,3 +286,8 @@ class Submission:
                 found = {"": self._columns[layer.name]}
             layers.append(replace(layer, records=found))
         return replace(self.plan.options, columns=tuple(merged_columns(layers)))
+
+
+def _sources(group: Group) -> str:
+    """Return what the passes of one model, or of the same models together, have in common."""
+    return " ".join(sorted({recipe.source for recipe in group.recipes}))

@@ -8,7 +8,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from embedders.decision import Decision
 from embedders.engine import EndOfShard, Rows
 from embedders.errors import MalformedShard
 from embedders.recipe import Recipe
@@ -81,8 +82,16 @@ def _room() -> contextlib.AbstractContextManager[Any]:
     return _places if dask_worker() is None else contextlib.nullcontext()
 
 
-def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> Records:
+def embed_group(
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, decision: Decision | None = None
+) -> Records:
     """Embed every shard of a group that is not done yet and write its files.
+
+    Args:
+        shards: The group.
+        recipes: What is computed; recipes of several embedders must be able to share one decoding.
+        options: How.
+        decision: The decoder and the batch size that the run has decided on; None if nothing has to be measured.
 
     Returns:
         The records of each shard's layers, by shard and layer.
@@ -90,35 +99,53 @@ def embed_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: Emb
     Raises:
         ShardsFailed: Some shards failed; all others are written.
     """
-    return _run_group(shards, recipes, options).records
+    return _run_group(shards, recipes, options, decision).records
 
 
-def _run_group(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> _GroupRun:
+def _run_group(
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, decision: Decision | None
+) -> _GroupRun:
     """Run a group in a thread, and watch it from this one.
 
     Raises:
         ShardsFailed: Some shards failed, or hang.
     """
-    run = _GroupRun(recipes, options)
-    thread = threading.Thread(target=run.go, args=(shards,), name="group", daemon=True)
+    run = _GroupRun(recipes, options, decision)
+    waited = run_watched(lambda: run.go(shards))
+    if waited is not None:
+        raise ShardsFailed(run.hung(shards, waited))
+    if run.failures:
+        raise ShardsFailed(list(run.failures.values()))
+    return run
+
+
+def run_watched(function: Callable[[], None]) -> float | None:
+    """Call a function in a thread of its own, and watch this process's shards from this one.
+
+    Args:
+        function: It raises nothing.
+
+    Returns:
+        None once it is done; if a shard hangs, the seconds without progress. This worker then ends shortly.
+    """
+    thread = threading.Thread(target=function, name="group", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(1)
         waited = watch.overdue()
         if waited is not None and thread.is_alive():
             end_this_worker()
-            raise ShardsFailed(run.hung(shards, waited))
-    if run.failures:
-        raise ShardsFailed(list(run.failures.values()))
-    return run
+            return waited
+    return None
 
 
 class _GroupRun:
     """One pass over a group: shards go through the worker's engine, and this thread writes what comes of them."""
 
-    def __init__(self, recipes: Sequence[Recipe], options: EmbedOptions) -> None:
+    def __init__(self, recipes: Sequence[Recipe], options: EmbedOptions, decision: Decision | None) -> None:
         self.recipes = recipes
         self.options = options
+        self.decision = decision
         self.limit = Limit(resolve_device(options.device), options.shard_timeout)
         self.found = 0  # shards that were done before
         self.records: dict[str, dict[str, LayerRecord]] = {}
@@ -143,7 +170,7 @@ class _GroupRun:
 
     def _embed(self, stage: Stage) -> None:
         with (
-            shared_engine(self.recipes, self.limit.device, self.options.images) as engine,
+            shared_engine(self.recipes, self.limit.device, self.options.images, self.decision) as engine,
             contextlib.closing(self._opened(stage)) as opened,
         ):
             self._sessions = engine.sessions
@@ -187,7 +214,7 @@ class _GroupRun:
         stack.callback(watch.leave, held)
         path = tar.path(lambda: watch.got_on(held))
         opened = self._describe(shard, path)
-        stack.callback(_unmap, opened)
+        stack.callback(unmap, opened)
         check_unchanged(shard)
         opened.read_ahead()
         watch.move(held, Step.EMBED, self.limit.samples(opened.count))
@@ -304,7 +331,7 @@ class _Writing:
     seconds: float
 
 
-def _unmap(opened: OpenShard) -> None:
+def unmap(opened: OpenShard) -> None:
     """Close a mapped tar now, whoever still refers to it; one that a loader still reads goes when it has."""
     with contextlib.suppress(BufferError):
         opened.data.close()
@@ -356,6 +383,7 @@ def finish_layer(
         ignored_examples=list(samples.ignored.examples),
         doubt=samples.doubt,
         computed=session.computed,
+        batch_size=session.batch_size if session.decision else 0,
     )
     writer.finish(record, quarantined)
     return record
@@ -368,7 +396,11 @@ def finish_layer(
     **RETRIES,
 )
 def embed_shards(
-    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str = ""
+    shards: Sequence[Shard],
+    recipes: Sequence[Recipe],
+    options: EmbedOptions,
+    span: str = "",
+    decision: Decision | None = None,
 ) -> Records | State[Records]:
     """Embed a group of shards, each of which is done when its files are written.
 
@@ -377,6 +409,7 @@ def embed_shards(
         recipes: Of the layers to compute, in one pass over the images; see `tasks.plan.passes`.
         options: What else a task needs.
         span: The group's name in Prefect's UI and in the log; by default those of its first and last shard.
+        decision: What was decided for the whole run; see `tasks.decide`.
 
     Returns:
         The records of each shard's layers, by shard and layer. The state is `Cached` if all shards were done.
@@ -388,7 +421,7 @@ def embed_shards(
         >>> future = embed_shards.submit(shards, recipes_of(TimmImageEmbedder("resnet50")), EmbedOptions("key"))
     """
     with _room():
-        run = _run_group(shards, recipes, options)
+        run = _run_group(shards, recipes, options, decision)
     if run.found == len(shards):
         return Completed(name="Cached", data=run.records)
     seconds, images = seconds_in_work(run.fresh), sum(record.samples for record in run.fresh)

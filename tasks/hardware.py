@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from embedders.errors import InputError
 
@@ -23,8 +25,53 @@ def count_gpus() -> int:
 
 
 def available_cores() -> int:
-    """Return the number of processor cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of processor cores that this process may use, within its cgroup's limits; at least 1."""
+    return max(1, int(min([len(os.sched_getaffinity(0)), *cpu_quotas().values()])))
+
+
+def cpu_quotas(pid: int | str = "self", root: str = "/") -> dict[str, float]:
+    """Return the limits on processor time that cgroups set for a process, in cores, by the cgroup's folder.
+
+    A limit holds for all processes of a cgroup and of those below it. Containers, systemd and Slurm set such limits.
+
+    Args:
+        pid: The process.
+        root: Where the file system begins.
+    """
+    try:
+        lines = Path(root, f"proc/{pid}/cgroup").read_text().splitlines()
+    except OSError:  # the process has ended, or another system than Linux
+        return {}
+    found = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for folder in _cgroup_folders(Path(root, "sys/fs/cgroup"), controllers, path):
+            if (quota := _quota(folder)) is not None:
+                found[str(folder)] = quota
+    return found
+
+
+def _cgroup_folders(mount: Path, controllers: str, path: str) -> Iterator[Path]:
+    """Yield the folders of a cgroup and of those above it, in version 2 (no controllers are named) or 1."""
+    if controllers and "cpu" not in controllers.split(","):
+        return
+    # In a container the path may be the host's, and only its root is found.
+    inner = PurePosixPath(path.strip("/"))
+    for name in {controllers, "cpu"} if controllers else {""}:
+        for part in (inner, *inner.parents):
+            yield mount / name / part
+
+
+def _quota(folder: Path) -> float | None:
+    """Return the limit of a cgroup in cores; None if it has none."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # "max" is no number
+        return None
 
 
 def choose_device(device: str) -> str:

@@ -66,6 +66,7 @@ class LayerRecord:
         ignored: Members of the tar that are part of no sample, such as names without an extension.
         ignored_examples: Names of some of them.
         doubt: Why the tar may lack members at its end, although it could be read.
+        batch_size: Images of a full batch, where a run has decided on it by measuring; 0 elsewhere.
         computed: The model's precision and device, such as "float32 on a CPU": the fingerprint has the policy only.
     """
 
@@ -88,6 +89,7 @@ class LayerRecord:
     ignored_examples: list[str] = field(default_factory=list)
     doubt: str = ""
     computed: str = ""
+    batch_size: int = 0
 
     def __post_init__(self) -> None:
         check_account(self.samples, self.embedded, self.quarantined)

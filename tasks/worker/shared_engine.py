@@ -14,18 +14,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import Future, wait
+from dataclasses import astuple, dataclass, field
+from typing import Any, Generic, TypeVar
 
 from embedders.base import ImageEmbedder
+from embedders.decision import Decision
 from embedders.engine import EndOfShard, Engine, Rows
 from embedders.errors import drop_locals
 from embedders.fingerprint import digest, of_value_or_type
 from embedders.recipe import Recipe
 from embedders.session import Session
-from embedders.shared_loading import open_together
+from embedders.shared_loading import decide_together, open_together, use_cores
 from embedders.webdataset import OpenShard
+from tasks.worker.cores import share_of_cores
 from tasks.worker.hang_detection import watch
+
+T = TypeVar("T")
 
 PATIENCE = 1.0
 """Seconds that batches in flight wait for the next shard while one is being opened; then they are finished."""
@@ -38,6 +43,9 @@ GARBAGE = (50_000, 20, 100)
 ones are."""
 
 TICK = 0.005
+
+CORES_KNOWN_FOR = 60.0
+"""Seconds after which an engine asks again how many cores are its own."""
 
 TURN = 30.0
 """Seconds for which tasks go on to get the engine that is there while one waits for another: loading takes seconds."""
@@ -96,6 +104,21 @@ class _Task:
 Result = Rows | EndOfShard
 
 
+class _Call(Generic[T]):
+    """A function that waits for the engine's thread to call it."""
+
+    def __init__(self, function: Callable[[Engine], T]) -> None:
+        self.result: Future[T] = Future()
+        self._function = function
+
+    def answer(self, engine: Engine) -> None:
+        """Call it; what it raises is its caller's."""
+        try:
+            self.result.set_result(self._function(engine))
+        except BaseException as error:
+            self.result.set_exception(error)
+
+
 def _bytes_of(result: Result | BaseException | _Fed) -> int:
     return result.nbytes if isinstance(result, Rows) else 0
 
@@ -106,7 +129,8 @@ class SharedEngine:
     def __init__(self, make: Callable[[], Engine]) -> None:
         """Wait for `make`, which runs in the engine's thread, and raise what it raises."""
         self.failure: BaseException | None = None
-        self._line: queue.Queue[tuple[OpenShard, _Task] | None] = queue.Queue(1)
+        self._line: queue.Queue[tuple[OpenShard, _Task] | _Call[Any] | None] = queue.Queue(1)
+        self._call: _Call[Any] | None = None  # it came while a stream ran, which ends for it
         self._opening = 0  # tasks that still have shards to put in line
         self._lock = threading.Lock()
         made: queue.Queue[Engine | BaseException] = queue.Queue()
@@ -116,6 +140,7 @@ class SharedEngine:
         if isinstance(engine, BaseException):
             raise engine
         self.sessions: tuple[Session, ...] = engine.sessions
+        self._cores_known = time.monotonic()
 
     def embed(self, shards: Iterable[OpenShard]) -> Iterator[Result]:
         """Embed a stream of shards, which another thread takes one ahead.
@@ -144,6 +169,20 @@ class SharedEngine:
             task.leave()
             feeder.join()
 
+    def decide(self, shard: OpenShard) -> Decision | None:
+        """Decide on decoder and batch size by the images of a shard; see `embedders.session.Session.decide`."""
+        return self._call_inside(lambda engine: decide_together(engine.sessions, shard))
+
+    def share_cores(self) -> None:
+        """Use as many cores as are this worker's share by now: other workers may have come or gone."""
+        with self._lock:
+            if time.monotonic() - self._cores_known < CORES_KNOWN_FOR:
+                return
+            self._cores_known = time.monotonic()
+        before = self.sessions[0].cores
+        if (cores := share_of_cores(before)) != before:
+            self._call_inside(lambda engine: _use_cores(engine.sessions, cores))
+
     def close(self) -> None:
         """End the thread and free the engine. Nobody may use it any more."""
         if self.failure is None and self._thread.is_alive():  # one that failed ends by itself, whatever is in line
@@ -152,6 +191,19 @@ class SharedEngine:
         self.sessions = ()  # an error that it failed with may keep this object for a while
         gc.unfreeze()  # a compiled model refers to itself; its memory is wanted for the next one
         gc.collect()
+
+    def _call_inside(self, function: Callable[[Engine], T]) -> T:
+        """Return `function(engine)`, called in the engine's thread between two streams of shards."""
+        call = _Call(function)
+        entered = False
+        while not wait([call.result], 0.0 if not entered else 0.1).done:
+            if self.failure is not None:
+                raise self.failure
+            if not entered:
+                with contextlib.suppress(queue.Full):
+                    self._line.put(call, timeout=0.1)
+                    entered = True
+        return call.result.result()
 
     def _feed(self, shards: Iterable[OpenShard], task: _Task) -> None:
         """Put a task's shards in line."""
@@ -203,6 +255,9 @@ class SharedEngine:
         first = self._line.get()
         if first is None:
             return False
+        if isinstance(first, _Call):
+            first.answer(engine)
+            return True
         owners: dict[int, _Task] = {}
         try:
             for result in engine.embed(self._stream(first, owners), watch.batch):
@@ -215,6 +270,9 @@ class SharedEngine:
             for task in {*owners.values(), *self._waiting()}:
                 task.deliver(error)
             return False
+        if self._call is not None:
+            self._call.answer(engine)
+            self._call = None
         return True
 
     def _stream(self, first: tuple[OpenShard, _Task], owners: dict[int, _Task]) -> Iterator[OpenShard]:
@@ -231,7 +289,11 @@ class SharedEngine:
         while True:
             opening = self._opening  # read before the line: a shard may be put there in between
             with contextlib.suppress(queue.Empty):
-                return self._line.get(timeout=TICK if opening else 0)
+                coming = self._line.get(timeout=TICK if opening else 0)
+                if isinstance(coming, _Call):
+                    self._call = coming
+                    return None
+                return coming
             if not opening or time.monotonic() > until:
                 return None
 
@@ -239,7 +301,8 @@ class SharedEngine:
         """Take out of line whoever is there."""
         with contextlib.suppress(queue.Empty):
             while (item := self._line.get_nowait()) is not None:
-                yield item[1]
+                if not isinstance(item, _Call):  # whose caller looks at `failure`
+                    yield item[1]
 
 
 def collect_garbage_seldom() -> None:
@@ -297,7 +360,9 @@ _changed = threading.Condition()
 
 
 @contextlib.contextmanager
-def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> Iterator[SharedEngine]:
+def shared_engine(
+    recipes: Sequence[Recipe], device: str, images: int = 0, decision: Decision | None = None
+) -> Iterator[SharedEngine]:
     """Yield this process's engine for some recipes.
 
     It is made once, and kept until another one is asked for and nobody uses it. Tasks of runs with other recipes take
@@ -307,9 +372,9 @@ def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> It
         recipes: What is computed; recipes of one embedder share its session.
         device: "cuda" or "cpu".
         images: How many this worker will probably see in all; 0 if that is not known.
+        decision: What the run has decided; None if nothing has to be measured, or it is not decided yet.
     """
-    embedders = embedders_of(recipes)
-    name = digest([device, [[source, _settings(embedder)] for source, embedder in embedders.items()]])
+    name = _engine_name(recipes, device, decision)
     request = _Request(name)
     with _changed:
         _kept.waiting.append(request)
@@ -317,7 +382,7 @@ def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> It
             _changed.wait_for(lambda: _kept.serves(request))
             if _kept.name != name or not _kept.usable:
                 _kept.close()
-                _kept.engine = SharedEngine(lambda: Engine(open_together([*embedders.values()], device, images)))
+                _kept.engine = SharedEngine(lambda: _open_engine(recipes, device, images, decision))
                 _kept.name = name
         finally:
             _kept.waiting.remove(request)
@@ -326,6 +391,7 @@ def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> It
         assert engine is not None
         _kept.users += 1
     try:
+        engine.share_cores()
         yield engine
     finally:
         with _changed:
@@ -333,6 +399,49 @@ def shared_engine(recipes: Sequence[Recipe], device: str, images: int = 0) -> It
             if not _kept.users and not _kept.usable:
                 _kept.close()  # what it failed with holds the model and shards
             _changed.notify_all()
+
+
+def decide_engine(engine: SharedEngine, recipes: Sequence[Recipe], device: str, shard: OpenShard) -> Decision | None:
+    """Decide on decoder and batch size by the images of a shard, and keep the engine for tasks with that decision.
+
+    Args:
+        engine: What `shared_engine` gave for these recipes and this device, without a decision.
+        recipes: What is computed.
+        device: "cuda" or "cpu".
+        shard: A shard, opened. Nothing is written of it.
+
+    Returns:
+        The decision; None if nothing has to be measured.
+    """
+    decision = engine.decide(shard)
+    with _changed:
+        if _kept.engine is engine:
+            _kept.name = _engine_name(recipes, device, decision)
+        _changed.notify_all()
+    return decision
+
+
+def _engine_name(recipes: Sequence[Recipe], device: str, decision: Decision | None) -> str:
+    """Return what is the same for tasks that can share an engine."""
+    embedders = [[source, _settings(embedder)] for source, embedder in embedders_of(recipes).items()]
+    return digest([device, embedders, decision and [*astuple(decision)]])
+
+
+def _open_engine(recipes: Sequence[Recipe], device: str, images: int, decision: Decision | None) -> Engine:
+    """Load the models, in the engine's thread."""
+    import torch
+
+    cores = share_of_cores()
+    torch.set_num_threads(cores)  # for this thread, where Dask's nanny would have one
+    return Engine(open_together([*embedders_of(recipes).values()], device, images, cores, decision))
+
+
+def _use_cores(sessions: Sequence[Session], cores: int) -> None:
+    """Give sessions another number of cores, in the engine's thread."""
+    import torch
+
+    torch.set_num_threads(cores)
+    use_cores(sessions, cores)
 
 
 def embedders_of(recipes: Sequence[Recipe]) -> dict[str, ImageEmbedder]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedders.batch_size import Measured, choose, climb
+from embedders.batch_size import Measured, choose, climb, halve
 
 
 def curve(ceiling: float, half: float, fits: int = 10**9) -> list[Measured]:
@@ -33,3 +33,16 @@ def test_a_dip_does_not_end_the_climb() -> None:
     measured = list(climb(rates.__getitem__))
     assert choose(measured).size == 128
     assert measured[-1].size == 512
+
+
+def test_a_decided_size_is_halved_where_it_does_not_fit() -> None:
+    asked: list[int] = []
+
+    def rate_of(size: int) -> float | None:
+        asked.append(size)
+        return 10.0 * size if size <= 100 else None
+
+    assert halve(rate_of, 64) == Measured(64, 640.0)
+    assert halve(rate_of, 512) == Measured(64, 640.0)
+    assert asked == [64, 512, 256, 128, 64]
+    assert halve(lambda size: None, 5) == Measured(1, 0.0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders import ImageEmbedder, TimmImageEmbedder, decoder_choice
+from embedders import ImageEmbedder, TimmImageEmbedder, timm_session
 from embedders.open_loader import open_loader
 from embedders.shard_batch import ShardBatch
 from embedders.timm_session import TimmSession, rate_together
@@ -47,7 +47,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         loaders.append(open_loader(*args, **options))
         return loaders[-1]
 
-    monkeypatch.setattr(decoder_choice, "open_loader", noted)
+    monkeypatch.setattr(timm_session, "open_loader", noted)
     return loaders
 
 

@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from embedders import ImageEmbedder, TimmImageEmbedder, images, reference_loader
+from embedders import ImageEmbedder, TimmImageEmbedder, images, reference_loader, timm_session
+from embedders.batch_size import Measured
+from embedders.decision import Decision
 from embedders.errors import InputError
 from embedders.image_headers import inspect
+from embedders.open_loader import open_loader
 from embedders.quarantine import Reason
 from embedders.session import Session
 from embedders.shard_batch import ShardBatch
-from embedders.shared_loading import batches_for, can_share, open_together
+from embedders.shared_loading import batches_for, can_share, decide_together, open_together, use_cores
 from embedders.timm_session import TimmSession
 from embedders.webdataset import OpenShard, open_shard
 from tests.kinds import ARITHMETIC_JPEG, photograph, saved
@@ -288,3 +291,45 @@ def test_on_a_gpu_models_agree_on_a_batch_size(shards: list[OpenShard], decode: 
         for row, image in found.items():
             # With "auto" the two may have chosen otherwise, by what they measured.
             assert (image - expected[row]).abs().max() < (1e-2 if decode == "exact" else 0.1)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, rate: float, *embedders: ImageEmbedder) -> list[Session]:
+    """Sessions that are opened together as on a GPU whose models were measured; their loaders are a CPU's."""
+
+    def build(*args: Any, fast: bool, **options: Any) -> tuple[Any, str]:
+        return open_loader(*args, fast=False, **options | {"device": "cpu"})[0], "fast" if fast else "exact"
+
+    def place(session: TimmSession) -> None:
+        session.measured = Measured(8, rate)
+
+    monkeypatch.setattr(timm_session, "open_loader", build)
+    monkeypatch.setattr(TimmSession, "place", place)
+    monkeypatch.setattr(TimmSession, "load", lambda session: lambda images: images)
+    return open_together(embedders, "cuda")
+
+
+@pytest.mark.parametrize(("rate", "decoder"), [(0.001, "exact"), (1e12, "fast")])
+def test_models_of_one_decoding_decide_together(
+    shards: list[OpenShard], monkeypatch: pytest.MonkeyPatch, rate: float, decoder: str
+) -> None:
+    monkeypatch.setattr(timm_session, "surely_fast", lambda *args: False)
+    sessions = as_on_a_gpu(monkeypatch, rate, Model(batch_size="auto"), Model(BORDER, batch_size=4))
+    assert decide_together(sessions, shards[0]) == Decision(decoder, 4)
+    assert [session.decision for session in sessions] == [Decision(decoder, 4)] * 2
+    assert [session.decoder for session in sessions] == [decoder] * 2
+    first = next(batches_for(sessions, shards))
+    assert [len(batch.rows) + len(batch.rejected) for batch in first] == [4, 4]
+
+
+def test_sessions_keep_one_loader_when_they_get_other_cores(
+    shards: list[OpenShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = open_together([Model(num_threads_per_worker=None), Model(BORDER, num_threads_per_worker=None)], "cpu")
+    use_cores(sessions, 3)
+    ours = [session for session in sessions if isinstance(session, TimmSession)]
+    assert {session.num_threads for session in ours} == {3}
+    assert ours[0].loader is ours[1].loader
+    before = ours[0].loader
+    use_cores(sessions, 3)
+    assert ours[0].loader is before
+    assert sum(1 for _ in batches_for(sessions, shards[:1])) > 0

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tasks.worker.shared_engine
 from embedders import ImageEmbedder, TimmImageEmbedder
+from embedders.engine import Engine
 from embedders.recipe import Recipe
 from embedders.shard_batch import ShardBatch
 from embedders.webdataset import OpenShard, open_shard
@@ -271,3 +273,48 @@ def test_batches_of_a_timm_model_run_on_across_tasks(paths: list[str]) -> None:
         together = [pair for found in pool.map(task, [paths[:2], paths[2:4], paths[4:]]) for pair in found.items()]
     assert {key for key, _ in together} == alone.keys()
     assert all(np.dot(vector, alone[key]) > 0.99999 for key, vector in together)
+
+
+def test_an_engine_takes_the_cores_of_workers_that_have_gone(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while its shards never end, as with many tasks, and with a loader that has as many threads as before."""
+    share = [1]
+    monkeypatch.setattr(tasks.worker.shared_engine, "share_of_cores", lambda before=0: share[0])
+    monkeypatch.setattr(tasks.worker.shared_engine, "CORES_KNOWN_FOR", 0.0)
+    recipes = named(TimmImageEmbedder("test_vit", pretrained=False, batch_size=2), "cores")
+    changed = threading.Event()
+
+    def first() -> Iterator[OpenShard]:
+        for path in paths[:3]:
+            yield open_shard(path)
+        assert changed.wait(20)
+        for path in paths[3:]:
+            yield open_shard(path)
+
+    def threads(engine: Any) -> tuple[int, int]:
+        return engine._call_inside(lambda engine: (engine.sessions[0].loader._num_threads, torch.get_num_threads()))
+
+    with shared_engine(recipes, "cpu") as engine, ThreadPoolExecutor(1) as pool:
+        assert threads(engine) == (1, 1)
+        running = pool.submit(lambda: [done.ids for done in embedded_shards(engine.embed(first()))])
+        share[0] = 2
+        with shared_engine(recipes, "cpu") as same:
+            assert same is engine
+            assert threads(engine) == (2, 2)
+        changed.set()
+        assert sorted(running.result(30)) == expected(range(6))
+
+
+def test_what_a_call_into_an_engine_raises_is_its_callers(paths: list[str]) -> None:
+    def broken(engine: Engine) -> None:
+        raise OSError("the disk went away")
+
+    with shared_engine(named(Sizes(), "calls"), "cpu") as engine:
+        with pytest.raises(OSError, match="the disk went away"):
+            engine._call_inside(broken)
+        assert len(list(embedded_shards(engine.embed([open_shard(paths[0])])))) == 1
+
+    with shared_engine(named(Sizes(broken="00000.tar"), "calls"), "cpu") as engine:
+        with pytest.raises(RuntimeError, match="the decoder went away"):
+            list(engine.embed([open_shard(paths[0])]))
+        with pytest.raises(RuntimeError, match="the decoder went away"):
+            engine._call_inside(lambda engine: None)
