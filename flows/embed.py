@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prefect import State, flow, task
@@ -39,7 +40,7 @@ from tasks.own_cluster import OwnCluster, own_cluster
 from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
 from tasks.records import intact, seconds_in_work
 from tasks.retries import ShardFailure, ShardsFailed
-from tasks.run_lock import only_run
+from tasks.run_lock import in_turn, only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
@@ -148,16 +149,18 @@ def _alone(config: EmbedConfig, embedders: Sequence[ImageEmbedder], lost: Callab
 
     In place that is the dataset too: of two runs that add a column to one file, one would be lost.
     """
-    name = lock_name(config, embedders)
+    name, part = lock_name(config, embedders), config.run_part
+    settings = "" if part is None else config.common_to_parts
+    lock = partial(only_run, run=name, lost=lost, part=part, settings=settings)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_run(config.output, name, lost))
+        alone = [stack.enter_context(lock(config.output))]
         if _dataset_is_another_folder(config):
-            stack.enter_context(only_run(config.dataset, name, lost, instead="leave out --in-place"))
-        _sweep(config)
+            alone.append(stack.enter_context(lock(config.dataset, instead="leave out --in-place")))
+        _sweep(config, alone)
         try:
             yield
         finally:
-            _sweep(config)
+            _sweep(config, alone)
 
 
 def _dataset_is_another_folder(config: EmbedConfig) -> bool:
@@ -168,7 +171,10 @@ def _dataset_is_another_folder(config: EmbedConfig) -> bool:
     return False
 
 
-def _sweep(config: EmbedConfig) -> None:
+def _sweep(config: EmbedConfig, alone: Sequence[Callable[[], bool]]) -> None:
+    """Remove half-written files, unless another part may be writing them: not all network file systems can tell."""
+    if not all(it() for it in alone):
+        return
     sweep(config.output)
     if config.in_place:
         Folder(config.dataset).sweep()
@@ -187,14 +193,8 @@ def _run(
     for notice in work.notices:
         progress.note(notice)
     if not work.anything and not has_server():
-        spent = Timing(time.monotonic() - work.started)
-        finish_dataset(work.plan)
-        limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
-        manifest = account(work.plan, len(work.plan.shards), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
-        write_manifest(manifest)
         progress.found(work.plan)
-        _show_in_a_page(manifest, progress)
-        return manifest
+        return _in_turn(config, progress, partial(_finish_nothing_done, config, work, progress))
     run_progress = RunProgress(len(work.plan.embedded))
     try:
         with prefect_server(server, wait=False) as local, _cluster(work, config, early) as cluster:
@@ -214,6 +214,25 @@ def _run(
             raise
         progress.note(f"the run is through, but Prefect could not be told ({type(error).__name__}: {error})")
         return run_progress.manifest
+
+
+def _in_turn(config: EmbedConfig, progress: Progress, finish: Callable[[], Manifest]) -> Manifest:
+    """Write the account of the output; parts of a run do so one after the other, so that the last one's is whole."""
+    if config.part is None:
+        return finish()
+    return in_turn(config.output, lock_name(config), finish, progress.note)
+
+
+def _finish_nothing_done(config: EmbedConfig, work: Work, progress: Progress) -> Manifest:
+    """Write the account of an output that this run has found done."""
+    plan = work.plan if config.part is None else _plan_again(work, config)
+    finish_dataset(plan)
+    limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
+    spent = Timing(time.monotonic() - work.started)
+    manifest = account(plan, len(work.plan.embedded), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
+    write_manifest(manifest)
+    _show_in_a_page(manifest, progress, anew=config.part is not None)
+    return manifest
 
 
 @contextlib.contextmanager
@@ -315,7 +334,7 @@ def _embed(
         )
     workers = work.workers(config)
     failures: dict[str, ShardFailure] = {}
-    plan, first, anything = work.plan, 0.0, work.anything
+    first, anything = 0.0, work.anything
     if anything:
         with (
             task_runner(str(config.scheduler)) if cluster is None else cluster.task_runner() as runner,
@@ -329,12 +348,24 @@ def _embed(
                 _embed_damaged(runner, damaged, work, config, failures)
                 _merge_all(runner, _plan_again(work, config), work, config, failures)
             _write_parts(runner, _plan_again(work, config), work, failures)
-        plan = _plan_again(work, config)
+    manifest = _in_turn(config, progress, partial(_finish, config, work, progress, first, failures))
+    run_progress.manifest = manifest
+    if manifest.shards_failed or manifest.over_limit:
+        raise RunFailed(manifest)
+    return manifest
+
+
+def _finish(
+    config: EmbedConfig, work: Work, progress: Progress, first: float, failures: Mapping[str, ShardFailure]
+) -> Manifest:
+    """Write the account, the card and the report of what the output holds now."""
+    anything = work.anything
+    plan = _plan_again(work, config) if anything or config.part is not None else work.plan
     left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
     failures = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
         failures.setdefault(shard.name, ShardFailure(shard.name, "its task ended and left no whole output", True))
-    fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
+    fresh = plan.embedded_since(work.plan)
     cached = len(work.plan.embedded)
     samples = sum(record.samples for record in fresh)
     spent = Timing(time.monotonic() - work.started, first, seconds_in_work(fresh))
@@ -346,12 +377,9 @@ def _embed(
     except OSError as error:
         note = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
-    run_progress.manifest = manifest
-    _show_in_a_page(manifest, progress, anew=anything)
+    _show_in_a_page(manifest, progress, anew=anything or config.part is not None)
     if anything:
         show_account(manifest, plan)
-    if manifest.shards_failed or manifest.over_limit:
-        raise RunFailed(manifest)
     return manifest
 
 
@@ -382,7 +410,8 @@ def done_before(shards: int) -> State[int]:
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
-    return make_plan(work.plan.shards, work.plan.recipes, work.plan.options, overwrite=True)
+    plan = work.plan
+    return make_plan(plan.shards, plan.recipes, plan.options, overwrite=True, part=plan.part)
 
 
 def _embed_all(
