@@ -45,7 +45,11 @@ def print_summary(manifest: Manifest) -> None:
         )
     console.print(
         f"{counted(manifest.shards, 'shard')}, {manifest.shards_cached:,} done before"
-        + (f", {manifest.shards_missing:,} not done yet" if manifest.part is not None else "")
+        + (
+            f", {manifest.shards_missing:,} not done yet"
+            if manifest.part is not None and manifest.shards_missing
+            else ""
+        )
         + f"; {counted(manifest.dimensions, 'dimension')}; {manifest.seconds:.1f} s"
     )
     for name, path in _written(manifest):

@@ -323,7 +323,7 @@ def _give_back(folder: Folder, file: str, lease: Lease, made: list[Path]) -> Non
         if _holds(folder, file, lease):
             folder.remove(file)
     with contextlib.suppress(OSError):
-        if file != LOCK and folder.is_local:
+        if folder.is_local:
             Path(folder.path(PART_LOCKS)).rmdir()
     with contextlib.suppress(OSError):
         for path in made:

@@ -39,7 +39,7 @@ class RunPart:
         if count == 0:
             raise ValueError("a part of at least one, such as 0/1")
         if number >= count:
-            raise ValueError(f"a part from 0/{count} to {count - 1}/{count}; parts are counted from 0")
+            raise ValueError(f"a part from 0/{count} to {count - 1}/{count}, counted from 0")
         return cls(number, count)
 
     def of(self, items: Sequence[T]) -> Sequence[T]:

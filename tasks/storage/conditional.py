@@ -17,12 +17,15 @@ import os
 import uuid
 from pathlib import Path
 
-from tasks.storage.folder import TRIES, Folder
+from tasks.storage.folder import Folder
 from tasks.storage.remote import as_os_error
 
 S3 = frozenset({"s3", "s3a"})
 REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404"})
 """S3's codes for a file that is not the one expected: another one, one that is being written, or none."""
+
+LINKED = 20
+"""Attempts to create a file in a folder that others remove when it is empty."""
 
 
 class ChangedMeanwhile(Exception):
@@ -74,28 +77,45 @@ def _link(path: str, text: str) -> None:
     Raises:
         FileExistsError: There is one already.
     """
-    parent, name = os.path.split(path)
-    for attempt in range(TRIES):
-        temporary = f"{parent}/.{name}.{uuid.uuid4().hex}.tmp"  # swept by the next run if this one is killed here
+    for attempt in range(LINKED):
         try:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-            Path(temporary).write_text(text, "utf-8")
-            os.link(temporary, path)
+            _make_folder(Path(path).parent)
+            _link_once(path, text)
             return
-        except FileNotFoundError:  # another run swept the file, or removed the empty folder
-            if attempt == TRIES - 1:
+        except FileNotFoundError:  # another run swept the temporary file, or removed the empty folder
+            if attempt == LINKED - 1:
                 raise
-        except OSError as error:
-            if not Path(parent).is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), parent) from error
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            with open(path, "x", encoding="utf-8") as file:  # a file system without hard links
-                file.write(text)
-            return
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder unless it is there.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        FileNotFoundError: It was removed at the same moment.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+        raise FileNotFoundError(folder) from error
+
+
+def _link_once(path: str, text: str) -> None:
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"  # swept by the next run if this one is killed here
+    try:
+        Path(temporary).write_text(text, "utf-8")
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with open(path, "x", encoding="utf-8") as file:  # a file system without hard links
+            file.write(text)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def version_of(folder: Folder, name: str) -> str | None:
