@@ -216,7 +216,7 @@ def _in_the_way(folder: Folder, file: str, lease: Lease) -> Holder | None:
     are removed.
     """
     others = _part_locks(folder) if file == LOCK else [LOCK, *_part_locks(folder, besides=file, division=False)]
-    for name, other in _held(folder, others):
+    for name, other in _held(folder, others, remove=True):
         if lease.token < other.token:
             time.sleep(SETTLED_AFTER)
         if lease.token > other.token or _holds(folder, name, other):
@@ -241,15 +241,21 @@ def _division(file: str) -> str:
     return file.partition("-of-")[2]
 
 
-def _held(folder: Folder, names: list[str]) -> Iterator[Holder]:
-    """Yield those of some leases that are held, and remove the others."""
+def _held(folder: Folder, names: list[str], *, remove: bool = False) -> Iterator[Holder]:
+    """Yield those of some leases that are held.
+
+    Args:
+        folder: The output.
+        names: Of the leases' files.
+        remove: Whether to remove the others. Only for leases whose runs would see ours: one may be taken over just now.
+    """
     for name in names:
         text = folder.read_text(name)
         lease = _parse(text or "")
         if lease is not None and lease.held:
             yield name, lease
-        elif text is not None:
-            folder.remove(name)  # a run that takes it over at this moment will see ours
+        elif text is not None and remove:
+            folder.remove(name)
 
 
 def _refusal(folder: Folder, file: str, name: str, holder: Lease, instead: str) -> InputError:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Parts:
     folder: Path
     dataset: str
     output: str
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, part: str, *options: str) -> subprocess.Popen[str]:
@@ -149,7 +149,8 @@ def test_two_parts_side_by_side_one_of_them_killed(
     assert "part 1 of 2: 2 of 5 shards; 16 samples = 16 embedded + 0 quarantined\n40 samples = 40 emb" in said, said
     manifest = read_manifest(parts.output)
     assert (manifest.shards_missing, manifest.left_out, manifest.samples) == (0, [], FETCHED * SHARDS)
-    assert manifest.part is not None and manifest.part.shards_done == 2
+    assert manifest.part is not None
+    assert manifest.part.shards_done == 2
     left = {path.name for path in Path(parts.output).iterdir()}
     folders = {"index", "layers", "metadata", "unmatched"}
     assert left == folders | {"README.md", "manifest.json", "report.html", "schema.parquet"}
