@@ -194,7 +194,7 @@ def _run(
         progress.note(notice)
     if not work.anything and not has_server():
         progress.found(work.plan)
-        return _in_turn(config, progress, partial(_finish_nothing_done, config, work, progress))
+        return _in_turn(config, progress, partial(_finish_nothing_done, config, work, progress), failed=False)
     run_progress = RunProgress(len(work.plan.embedded))
     try:
         with prefect_server(server, wait=False) as local, _cluster(work, config, early) as cluster:
@@ -216,22 +216,31 @@ def _run(
         return run_progress.manifest
 
 
-def _in_turn(config: EmbedConfig, progress: Progress, finish: Callable[[], Manifest]) -> Manifest:
-    """Write the account of the output; parts of a run do so one after the other, so that the last one's is whole."""
+def _in_turn(config: EmbedConfig, progress: Progress, finish: Callable[[bool], Manifest], failed: bool) -> Manifest:
+    """Write the account of the output; parts of a run do so one after the other, so that the last one's is whole.
+
+    Args:
+        config: The run's parameters.
+        progress: Is told if another part takes its time.
+        finish: Returns the account, and writes it if the argument is true.
+        failed: Whether shards of this run failed; only the run itself can write down why.
+    """
     if config.part is None:
-        return finish()
-    return in_turn(config.output, lock_name(config), finish, progress.note)
+        return finish(True)
+    write, read = partial(finish, True), None if failed else partial(finish, False)
+    return in_turn(config.output, lock_name(config), write, read, progress.note)
 
 
-def _finish_nothing_done(config: EmbedConfig, work: Work, progress: Progress) -> Manifest:
-    """Write the account of an output that this run has found done."""
+def _finish_nothing_done(config: EmbedConfig, work: Work, progress: Progress, write: bool) -> Manifest:
+    """Return the account of an output that this run has found done."""
     plan = work.plan if config.part is None else _plan_again(work, config)
-    finish_dataset(plan)
     limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
     spent = Timing(time.monotonic() - work.started)
     manifest = account(plan, len(work.plan.embedded), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
-    write_manifest(manifest)
-    _show_in_a_page(manifest, progress, anew=config.part is not None)
+    if write:
+        finish_dataset(plan)
+        write_manifest(manifest)
+        _show_in_a_page(manifest, progress, anew=config.part is not None)
     return manifest
 
 
@@ -348,7 +357,7 @@ def _embed(
                 _embed_damaged(runner, damaged, work, config, failures)
                 _merge_all(runner, _plan_again(work, config), work, config, failures)
             _write_parts(runner, _plan_again(work, config), work, failures)
-    manifest = _in_turn(config, progress, partial(_finish, config, work, progress, first, failures))
+    manifest = _in_turn(config, progress, partial(_finish, config, work, progress, first, failures), bool(failures))
     run_progress.manifest = manifest
     if manifest.shards_failed or manifest.over_limit:
         raise RunFailed(manifest)
@@ -356,9 +365,14 @@ def _embed(
 
 
 def _finish(
-    config: EmbedConfig, work: Work, progress: Progress, first: float, failures: Mapping[str, ShardFailure]
+    config: EmbedConfig,
+    work: Work,
+    progress: Progress,
+    first: float,
+    failures: Mapping[str, ShardFailure],
+    write: bool,
 ) -> Manifest:
-    """Write the account, the card and the report of what the output holds now."""
+    """Return the account of what the output holds now; write it, with the card and the report, if that is asked for."""
     anything = work.anything
     plan = _plan_again(work, config) if anything or config.part is not None else work.plan
     left = {shard.name for shard in [*plan.to_embed, *plan.to_merge]} | {part.label for part in missing_parts(plan)}
@@ -372,12 +386,14 @@ def _finish(
     again, limit, checkpoint = finish_with(config, work), config.quarantine_limit, checkpoint_of(work.embedders[0])
     manifest = account(plan, cached, list(failures.values()), spent, samples, again, limit, checkpoint)
     try:
-        finish_dataset(plan)
-        write_manifest(manifest)
+        if write:
+            finish_dataset(plan)
+            write_manifest(manifest)
     except OSError as error:
         note = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | note, "finish_with": again})
-    _show_in_a_page(manifest, progress, anew=anything or config.part is not None)
+    if write:
+        _show_in_a_page(manifest, progress, anew=anything or config.part is not None)
     if anything:
         show_account(manifest, plan)
     return manifest

@@ -46,7 +46,7 @@ SETTLED_AFTER = 0.5
 """Seconds after which a run reads a lease that it took over again: if two runs took it, the last one has it."""
 
 TURN_ASKED_EVERY = 1.0
-"""Seconds, more or less by half, between two attempts to have one's turn."""
+"""Seconds, more or less by half, until the second attempt to have one's turn; later ones take up to ten times longer."""
 
 
 @dataclass(frozen=True)
@@ -134,46 +134,73 @@ def only_run(
         _give_back(folder, file, lease, made)
 
 
-def in_turn(output: str, run: str, finish: Callable[[], T], waiting: Callable[[str], None]) -> T:
-    """Call a function while no other part of a run calls it for the same output, and return what it returns.
+def in_turn(
+    output: str, run: str, write: Callable[[], T], read: Callable[[], T] | None, waiting: Callable[[str], None]
+) -> T:
+    """Write the account of an output while no other part of a run does so, unless another part did it for this one.
 
-    What it reads and writes meanwhile cannot be older than what another part wrote before: if this process stood still
-    for so long that another one took its turn, it is called once more.
+    So the account that is written last is not older than any other, and hundreds of parts that end at the same time do
+    not wait for each other: each leaves a ticket before it waits, and who writes takes away the tickets that were there
+    before it began to read. If this process stood still for so long that another one took its turn, it takes another.
 
     Args:
-        output: Folder or fsspec URL of the output.
+        output: Folder or fsspec URL of the output. The files of this part must be complete.
         run: The run's name.
-        finish: Reads what the output holds, and writes the account of it.
+        write: Reads what the output holds, writes the account of it and returns it.
+        read: Does the same without writing. Called if another part has written an account that knows this one's files;
+            None if this part has to say something itself.
         waiting: Called with a line if another part takes its time.
     """
-    while True:
-        result, ours = _one_turn(Folder(output), run, finish, waiting)
-        if ours:
-            return result
-
-
-def _one_turn(folder: Folder, run: str, finish: Callable[[], T], waiting: Callable[[str], None]) -> tuple[T, bool]:
-    """Call the function; return what it returns, and whether the turn was ours all the time."""
-    lease, lost = Lease.of_this_process(run), threading.Event()
+    folder, ticket = Folder(output), f"{PART_LOCKS}/{uuid.uuid4().hex}.ticket"
     try:
-        _wait_for_turn(folder, lease, waiting)
-    except OSError:  # so the account cannot be written either, and `finish` says so
-        return finish(), True
-    try:
-        with _renewed(folder, TURN, lease, lambda why: lost.set()):
-            result = finish()
-            return result, _holds(folder, TURN, lease) and not lost.is_set()
+        while True:
+            if read is not None:
+                conditional.create(folder, ticket, f"{run}\n")
+            lease = _wait_for_turn(folder, run, None if read is None else ticket, waiting)
+            if lease is None:
+                break
+            result, ours = _one_turn(folder, lease, write)
+            if ours:
+                return result
+    except OSError:  # so the account cannot be written either, and `write` says so
+        return write()
     finally:
-        _give_back(folder, TURN, lease, [])
+        with contextlib.suppress(OSError):
+            folder.remove(ticket)
+        _remove_folder(folder)
+    assert read is not None  # there was a ticket
+    return read()
 
 
-def _wait_for_turn(folder: Folder, lease: Lease, waiting: Callable[[str], None]) -> None:
-    since, told = time.monotonic(), False
-    while (holder := _take(folder, TURN, lease)) is not None:
-        if not told and time.monotonic() - since > 10 * TURN_ASKED_EVERY:
+def _wait_for_turn(folder: Folder, run: str, ticket: str | None, waiting: Callable[[str], None]) -> Lease | None:
+    """Return the lease of this part's turn; None if another part has taken its ticket away."""
+    pause, told = TURN_ASKED_EVERY, False
+    while ticket is None or folder.has(ticket):
+        lease = Lease.of_this_process(run)
+        holder = _take(folder, TURN, lease)
+        if holder is None:
+            return lease
+        if not told and pause > 3 * TURN_ASKED_EVERY:
             waiting(f"waiting until another part has written the account: {holder[1]}")
             told = True
-        time.sleep(TURN_ASKED_EVERY * random.uniform(0.5, 1.5))
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(pause * 1.3, 10 * TURN_ASKED_EVERY)
+    return None
+
+
+def _one_turn(folder: Folder, lease: Lease, write: Callable[[], T]) -> tuple[T, bool]:
+    """Write the account; return it, and whether the turn was ours all the time."""
+    lost = threading.Event()
+    try:
+        with _renewed(folder, TURN, lease, lambda why: lost.set()):
+            tickets = [f"{PART_LOCKS}/{file.name}" for file in Folder(folder.place(PART_LOCKS)).list(".ticket")]
+            result = write()
+            ours = _holds(folder, TURN, lease) and not lost.is_set()
+        for ticket in tickets if ours else ():
+            folder.remove(ticket)
+        return result, ours
+    finally:
+        _give_back(folder, TURN, lease, [])
 
 
 Holder = tuple[str, Lease]
@@ -328,12 +355,17 @@ def _give_back(folder: Folder, file: str, lease: Lease, made: list[Path]) -> Non
     with contextlib.suppress(OSError):
         if _holds(folder, file, lease):
             folder.remove(file)
-    with contextlib.suppress(OSError):
-        if folder.is_local:
-            Path(folder.path(PART_LOCKS)).rmdir()
+    _remove_folder(folder)
     with contextlib.suppress(OSError):
         for path in made:
             path.rmdir()
+
+
+def _remove_folder(folder: Folder) -> None:
+    """Remove the folder of the parts' leases if it is empty; in stores there are no empty folders."""
+    if folder.is_local:
+        with contextlib.suppress(OSError):
+            Path(folder.path(PART_LOCKS)).rmdir()
 
 
 def _text(lease: Lease) -> str:

@@ -194,7 +194,7 @@ def test_two_parts_over_a_store(
         assert (last.shards, last.shards_missing, last.samples) == (3, 0, 3 * FETCHED)
         assert [account["part"]["shards_done"] for account in accounts] == [2, 1]
         assert sorted(account["shards_missing"] for account in accounts)[0] == 0
-        assert Folder(parts.output).list(".lock", ".lease") == []
+        assert Folder(parts.output).list(".lock", ".lease", ".ticket") == []
         assert len(fs.ls("bucket/out/metadata")) == 3
     s3fs.S3FileSystem.clear_instance_cache()
 

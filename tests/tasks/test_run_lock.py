@@ -294,31 +294,42 @@ def test_a_part_that_stood_still_sees_who_began_meanwhile(tmp_path: Path, monkey
 
 
 def test_turns_do_not_overlap_and_the_last_one_reads_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each adds a file and then writes down which files there are, slowly."""
+    """Each of 16 adds a file and writes down, slowly, which there are; who waited is spared if another one saw it."""
     monkeypatch.setattr(run_lock, "TURN_ASKED_EVERY", 0.02)
-    inside, overlaps = [0], []
+    inside, overlaps, spared = [0], [], []
+    expected = " ".join(sorted(f"{number}.file" for number in range(16)))
+
+    def found() -> str:
+        return " ".join(sorted(path.name for path in tmp_path.glob("*.file")))
 
     def run(number: int) -> None:
         (tmp_path / f"{number}.file").touch()
 
-        def finish() -> None:
+        def write() -> None:
             inside[0] += 1
             overlaps.append(inside[0] > 1)
-            found = sorted(path.name for path in tmp_path.glob("*.file"))
-            time.sleep(0.05)
-            (tmp_path / "account").write_text(" ".join(found))
+            there = found()
+            time.sleep(0.2)
+            (tmp_path / "account").write_text(there)
             inside[0] -= 1
 
-        in_turn(str(tmp_path), f"part {number}", finish, print)
+        def read() -> None:
+            assert f"{number}.file" in (tmp_path / "account").read_text().split()
+            spared.append(number)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+        in_turn(str(tmp_path), f"part {number}", write, None if number == 15 else read, print)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
     for thread in threads:
         thread.start()
         time.sleep(0.03)
     for thread in threads:
         thread.join()
-    assert (tmp_path / "account").read_text() == " ".join(f"{number}.file" for number in range(8))
-    assert overlaps == [False] * 8
+    assert (tmp_path / "account").read_text() == expected
+    assert True not in overlaps
+    assert len(overlaps) + len(spared) == 16
+    assert len(spared) > 4
+    assert 15 not in spared
     assert not (tmp_path / PART_LOCKS).exists()
 
 
@@ -326,13 +337,14 @@ def test_a_turn_that_was_lost_is_taken_again(tmp_path: Path) -> None:
     """Another part had its turn and ended while this process stood still: what was written then may be newer."""
     calls = []
 
-    def finish() -> int:
+    def write() -> int:
         calls.append((tmp_path / TURN).exists())
         if len(calls) == 1:
-            (tmp_path / TURN).unlink()
+            for path in (tmp_path / PART_LOCKS).iterdir():  # the lease, and the ticket
+                path.unlink()
         return len(calls)
 
-    assert in_turn(str(tmp_path), "mine", finish, print) == 2
+    assert in_turn(str(tmp_path), "mine", write, lambda: -1, print) == 2
     assert calls == [True, True]
 
 
@@ -340,19 +352,19 @@ def test_the_turn_of_a_killed_part_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / PART_LOCKS).mkdir()
     rewrite_stale(tmp_path)
     (tmp_path / LOCK).rename(tmp_path / TURN)
-    assert in_turn(str(tmp_path), "mine", lambda: "written", print) == "written"
+    assert in_turn(str(tmp_path), "mine", lambda: "written", None, print) == "written"
 
 
 def test_who_waits_for_its_turn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "TURN_ASKED_EVERY", 0.01)
     told = Told()
-    thread = threading.Thread(target=in_turn, args=(str(tmp_path), "the second", lambda: None, told))
+    thread = threading.Thread(target=in_turn, args=(str(tmp_path), "the second", lambda: None, None, told))
 
-    def finish() -> None:
+    def write() -> None:
         thread.start()
         assert told.happened.wait(10)
 
-    in_turn(str(tmp_path), "the first", finish, print)
+    in_turn(str(tmp_path), "the first", write, None, print)
     thread.join()
     assert told.line.startswith("waiting until another part has written the account: 'the first', process")
 
@@ -362,9 +374,9 @@ def test_parts_in_a_store(bucket: str) -> None:
         for part in (None, "0/2", "0/3"):
             with pytest.raises(InputError, match=r"'(one|two)' .part ./2., process"):
                 take(bucket, part)
-        assert in_turn(bucket, "one", lambda: "written", print) == "written"
+        assert in_turn(bucket, "one", lambda: "written", lambda: "read", print) == "written"
     take(bucket)
-    assert Folder(bucket).list(".lock", ".lease") == []
+    assert Folder(bucket).list(".lock", ".lease", ".ticket") == []
 
 
 def test_a_lease_in_a_store_is_renewed_on_a_condition(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
