@@ -195,12 +195,8 @@ def account(
         samples=sum(record.samples for record in records),
         embedded=sum(record.embedded for record in records),
         quarantined=reasons.total(),
-        shards=len(plan.shards),
         shards_cached=cached,
-        shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
-        shards_missing=len(plan.unfinished),
-        left_out=sorted({*(shard.name for shard in plan.shards if shard.name not in plan.embedded), *plan.gone}),
-        part=_part_account(plan),
+        **_shards(plan),
         images_per_second=round(fresh / (spent.working or spent.total), 1),
         seconds=round(spent.total, 2),
         seconds_to_first=round(spent.first, 2),
@@ -220,7 +216,6 @@ def account(
         over_limit="; ".join(filter(None, (over_limit(layer, max_quarantined) for layer in plan.asked))),
         warnings=warnings(plan),
         failures={failure.shard: failure.error for failure in failures},
-        failures_of_other_parts=_failures_of_other_parts(plan),
         finish_with=finish_with if failures else "",
         embedder=dict(embedder),
         decoders=dict(Counter(record.decoder for record in records if record.decoder)),
@@ -228,6 +223,18 @@ def account(
         versions=records[0].versions if records else {},
         wrong=[line for layer in plan.asked for line in _wrong(layer, plan)],
     )
+
+
+def _shards(plan: Plan) -> dict[str, Any]:
+    """Return what the manifest says of the shards, those of other parts of the run included."""
+    return {
+        "shards": len(plan.shards),
+        "shards_failed": len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
+        "shards_missing": len(plan.unfinished),
+        "left_out": sorted({*(shard.name for shard in plan.shards if shard.name not in plan.embedded), *plan.gone}),
+        "part": _part_account(plan),
+        "failures_of_other_parts": _failures_of_other_parts(plan),
+    }
 
 
 def _part_account(plan: Plan) -> PartAccount | None:

@@ -46,7 +46,7 @@ SETTLED_AFTER = 0.5
 """Seconds after which a run reads a lease that it took over again: if two runs took it, the last one has it."""
 
 TURN_ASKED_EVERY = 1.0
-"""Seconds, more or less by half, until the second attempt to have one's turn; later ones take up to ten times longer."""
+"""Seconds, more or less by half, until the second attempt to have one's turn; up to ten times more until later ones."""
 
 
 @dataclass(frozen=True)
