@@ -40,7 +40,7 @@ from tasks.own_cluster import OwnCluster, own_cluster
 from tasks.plan import Plan, embedding_jobs, group_shards, make_plan, passes
 from tasks.records import intact, seconds_in_work
 from tasks.retries import ShardFailure, ShardsFailed
-from tasks.run_lock import in_turn, only_run
+from tasks.run_lock import LOCKS, in_turn, only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
@@ -176,6 +176,7 @@ def _sweep(config: EmbedConfig, alone: Sequence[Callable[[], bool]]) -> None:
     if not all(it() for it in alone):
         return
     sweep(config.output)
+    Folder(Folder(config.output).place(LOCKS)).sweep()
     if config.in_place:
         Folder(config.dataset).sweep()
 
@@ -276,6 +277,7 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     made = {str(layer.made_of.get("model") or layer.made_of.get("embedder")): None for layer in work.plan.asked}
     model = " and ".join(made)
     name = f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
+    name += "" if config.part is None else f", part {config.part}"
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 

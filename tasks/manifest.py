@@ -159,6 +159,13 @@ class Manifest(BaseModel):
         )
 
     @property
+    def told_shards(self) -> str:
+        """The shards of the dataset, and what became of them, for a person."""
+        others = self.shards_missing - self.shards_failed if self.part is not None else 0
+        told = f"{self.shards:,}, {self.shards_cached:,} done before, {self.shards_failed:,} failed"
+        return told + (f", {others:,} not done yet by other parts" if others else "")
+
+    @property
     def told_rows(self) -> str:
         """The rows of the dataset, and what became of those without an embedding, for a person."""
         if self.rows_left_out:

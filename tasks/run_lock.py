@@ -29,11 +29,14 @@ from tasks.storage.conditional import ChangedMeanwhile
 from tasks.storage.folder import Folder
 
 T = TypeVar("T")
-LOCK = "run.lock"
-PART_LOCKS = "run.locks"
-"""The folder with the leases of parts."""
+LOCKS = "run.locks"
+"""The folder with the leases: one for all, so that a network file system that keeps listings reads it again after our
+own lease was written."""
 
-TURN = f"{PART_LOCKS}/finish.lease"
+LOCK = f"{LOCKS}/whole.lock"
+"""The lease of a whole run; those of parts are called 3-of-16.lock."""
+
+TURN = f"{LOCKS}/finish.lease"
 """The lease of the part that writes the output's account."""
 
 RENEWED_EVERY = 15.0
@@ -119,7 +122,7 @@ def only_run(
         ...     write_to("out")
     """
     folder, lease = Folder(output), Lease.of_this_process(run, part)
-    file = LOCK if part is None else f"{PART_LOCKS}/{part.number}-of-{part.count}{settings and '-'}{settings}.lock"
+    file = LOCK if part is None else f"{LOCKS}/{part.number}-of-{part.count}{settings and '-'}{settings}.lock"
     made = _missing_folders(folder)
     try:
         try:
@@ -129,7 +132,7 @@ def only_run(
         if holder is not None:
             raise _refusal(folder, file, *holder, instead)
         with _renewed(folder, file, lease, lost):
-            yield lambda: part is None or not any(_held(folder, _part_locks(folder, besides=file)))
+            yield lambda: part is None or not any(_held(folder, _others(folder, file)))
     finally:
         _give_back(folder, file, lease, made)
 
@@ -151,7 +154,7 @@ def in_turn(
             None if this part has to say something itself.
         waiting: Called with a line if another part takes its time.
     """
-    folder, ticket = Folder(output), f"{PART_LOCKS}/{uuid.uuid4().hex}.ticket"
+    folder, ticket = Folder(output), f"{LOCKS}/{uuid.uuid4().hex}.ticket"
     try:
         while True:
             if read is not None:
@@ -193,7 +196,7 @@ def _one_turn(folder: Folder, lease: Lease, write: Callable[[], T]) -> tuple[T, 
     lost = threading.Event()
     try:
         with _renewed(folder, TURN, lease, lambda why: lost.set()):
-            tickets = [f"{PART_LOCKS}/{file.name}" for file in Folder(folder.place(PART_LOCKS)).list(".ticket")]
+            tickets = [f"{LOCKS}/{file.name}" for file in Folder(folder.place(LOCKS)).list(".ticket")]
             result = write()
             ours = _holds(folder, TURN, lease) and not lost.is_set()
         for ticket in tickets if ours else ():
@@ -242,7 +245,7 @@ def _in_the_way(folder: Folder, file: str, lease: Lease) -> Holder | None:
     If both do, the one with the smaller token looks again, so that not both are refused. Leases of runs that are gone
     are removed.
     """
-    others = _part_locks(folder) if file == LOCK else [LOCK, *_part_locks(folder, besides=file, division=False)]
+    others = [name for name in _others(folder, file) if file == LOCK or _division(name) != _division(file)]
     for name, other in _held(folder, others, remove=True):
         if lease.token < other.token:
             time.sleep(SETTLED_AFTER)
@@ -251,20 +254,14 @@ def _in_the_way(folder: Folder, file: str, lease: Lease) -> Holder | None:
     return None
 
 
-def _part_locks(folder: Folder, besides: str = "", division: bool = True) -> list[str]:
-    """Return the names of the parts' leases.
-
-    Args:
-        folder: The output.
-        besides: A lease to leave out.
-        division: Whether to list those of the same division too.
-    """
-    names = [f"{PART_LOCKS}/{file.name}" for file in Folder(folder.place(PART_LOCKS)).list(".lock")]
-    return [name for name in names if name != besides and (division or _division(name) != _division(besides))]
+def _others(folder: Folder, file: str) -> list[str]:
+    """Return the names of all leases of runs but one."""
+    names = [f"{LOCKS}/{found.name}" for found in Folder(folder.place(LOCKS)).list(".lock")]
+    return [name for name in names if name != file]
 
 
 def _division(file: str) -> str:
-    """Return what the leases of parts have in common that may run side by side: "16-1f3b.lock"."""
+    """Return what the leases of parts have in common that may run side by side: "16-1f3b.lock"; "" for a whole run."""
     return file.partition("-of-")[2]
 
 
@@ -365,7 +362,7 @@ def _remove_folder(folder: Folder) -> None:
     """Remove the folder of the parts' leases if it is empty; in stores there are no empty folders."""
     if folder.is_local:
         with contextlib.suppress(OSError):
-            Path(folder.path(PART_LOCKS)).rmdir()
+            Path(folder.path(LOCKS)).rmdir()
 
 
 def _text(lease: Lease) -> str:

@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
+from flows.config import EmbedConfig
+from flows.embed import _alone as alone_in
 from flows.embed import main
 from tasks.manifest import read_manifest
-from tasks.run_lock import PART_LOCKS
+from tasks.run_lock import LOCKS, only_run
+from tasks.run_part import RunPart
 from tasks.storage.folder import Folder
 from tests.servers import s3_server
 
@@ -88,7 +91,7 @@ class Parts:
 
     def locks(self) -> list[str]:
         """The names of the leases of parts."""
-        return [file.name for file in Folder(f"{self.output}/{PART_LOCKS}").list(".lock")]
+        return [file.name for file in Folder(f"{self.output}/{LOCKS}").list(".lock")]
 
     def call(self, *options: str) -> list[str]:
         """A command line over the same output."""
@@ -221,11 +224,28 @@ def test_a_part_that_fails_and_one_that_does_not(
     assert (second["shards_missing"], second["left_out"]) == (1, ["00001"])
     assert second["failures_of_other_parts"] == first["failures"]
     assert second["part"]["shards_done"] == 2
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Failed: 00001: 00001.tar" in page
+    assert "3, 0 done before, 0 failed, 1 not done yet by other parts" in page
     columns = pq.read_schema(tmp_path / "before.parquet").names
     assert pq.read_schema(dataset / "00000.parquet").names == [*columns, "image_embedding"]
     assert "image_embedding" not in pq.read_schema(dataset / "00001.parquet").names
-    assert not (dataset / PART_LOCKS).exists()
+    assert not (dataset / LOCKS).exists()
     # More parts than shards: nothing to do is no failure.
     status, none = run("7/8")
     assert (status, none["part"]["shards"], none["shards_missing"]) == (0, 0, 1)
     assert none["failures_of_other_parts"] == first["failures"]
+
+
+def test_half_written_files_stay_while_another_part_may_write_them(tmp_path: Path) -> None:
+    """Not every network file system can tell whether another machine has a file open."""
+    half = tmp_path / "layers/image_embedding" / f".00001.parquet.{'0' * 32}.tmp"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    config = EmbedConfig(dataset=str(tmp_path / "data"), output=str(tmp_path), part="0/2")
+    with only_run(str(tmp_path), "other", print, part=RunPart(1, 2), settings=config.common_to_parts):
+        with alone_in(config, (), print):
+            pass
+        assert half.exists()
+    with alone_in(config, (), print):
+        assert not half.exists()

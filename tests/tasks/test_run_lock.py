@@ -17,7 +17,7 @@ import s3fs
 
 from embedders.errors import InputError
 from tasks import run_lock
-from tasks.run_lock import EXPIRED_AFTER, LOCK, PART_LOCKS, TURN, Lease, in_turn, only_run
+from tasks.run_lock import EXPIRED_AFTER, LOCK, LOCKS, TURN, Lease, in_turn, only_run
 from tasks.run_part import RunPart
 from tasks.storage.conditional import ChangedMeanwhile, replace, version_of
 from tasks.storage.folder import Folder
@@ -137,6 +137,7 @@ def test_a_run_on_another_machine_holds_while_it_renews(tmp_path: Path, holder: 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "1"}'])
 def test_a_lock_that_says_nothing_is_taken_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCKS).mkdir()
     (tmp_path / LOCK).write_text(text)
     take(tmp_path)
     assert not (tmp_path / LOCK).exists()
@@ -169,6 +170,7 @@ def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
 def rewrite_stale(output: Path) -> None:
     """A lease of a run that is gone."""
     lease = Lease("old", "gone", "gone", 1, 0.0, "old", 0.0, 0.0)
+    (output / LOCKS).mkdir(exist_ok=True)
     (output / LOCK).write_text(json.dumps(lease.__dict__))
 
 
@@ -204,13 +206,13 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
         take(tmp_path / "file")
 
 
-PART_LOCK = f"{PART_LOCKS}/3-of-16.lock"
+PART_LOCK = f"{LOCKS}/3-of-16.lock"
 
 
 def test_parts_of_one_division_run_side_by_side(tmp_path: Path, part_holder: subprocess.Popen[str]) -> None:
     for part in ("2/16", "4/16", "15/16"):
         take(tmp_path / "out", part)
-    assert [path.name for path in (tmp_path / "out" / PART_LOCKS).iterdir()] == ["3-of-16.lock"]
+    assert [path.name for path in (tmp_path / "out" / LOCKS).iterdir()] == ["3-of-16.lock"]
     part_holder.communicate("")
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +239,7 @@ def test_what_is_refused_beside_a_part(
 def test_no_part_runs_beside_a_whole_run(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with pytest.raises(InputError, match="another run writes here: 'the other', process"):
         take(tmp_path / "out", "0/2")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    assert list((tmp_path / "out").rglob("*.lock")) == [tmp_path / "out" / LOCK]
 
 
 @pytest.mark.parametrize("part", [None, "3/16", "1/2"])
@@ -246,7 +248,7 @@ def test_a_killed_part_holds_nothing(tmp_path: Path, part_holder: subprocess.Pop
     part_holder.wait()
     assert (tmp_path / "out" / PART_LOCK).exists()
     take(tmp_path / "out", part)
-    assert not (tmp_path / "out" / PART_LOCKS).exists()
+    assert not (tmp_path / "out" / LOCKS).exists()
 
 
 def test_a_part_knows_whether_it_is_alone(tmp_path: Path, part_holder: subprocess.Popen[str]) -> None:
@@ -330,7 +332,7 @@ def test_turns_do_not_overlap_and_the_last_one_reads_last(tmp_path: Path, monkey
     assert len(overlaps) + len(spared) == 16
     assert len(spared) > 4
     assert 15 not in spared
-    assert not (tmp_path / PART_LOCKS).exists()
+    assert not (tmp_path / LOCKS).exists()
 
 
 def test_a_turn_that_was_lost_is_taken_again(tmp_path: Path) -> None:
@@ -340,7 +342,7 @@ def test_a_turn_that_was_lost_is_taken_again(tmp_path: Path) -> None:
     def write() -> int:
         calls.append((tmp_path / TURN).exists())
         if len(calls) == 1:
-            for path in (tmp_path / PART_LOCKS).iterdir():  # the lease, and the ticket
+            for path in (tmp_path / LOCKS).iterdir():  # the lease, and the ticket
                 path.unlink()
         return len(calls)
 
@@ -349,7 +351,6 @@ def test_a_turn_that_was_lost_is_taken_again(tmp_path: Path) -> None:
 
 
 def test_the_turn_of_a_killed_part_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / PART_LOCKS).mkdir()
     rewrite_stale(tmp_path)
     (tmp_path / LOCK).rename(tmp_path / TURN)
     assert in_turn(str(tmp_path), "mine", lambda: "written", None, print) == "written"
