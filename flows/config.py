@@ -14,11 +14,13 @@ from pydantic_core import PydanticCustomError
 
 from embedders import ImageEmbedder
 from embedders.errors import InputError
+from embedders.fingerprint import digest
 from embedders.images import MAX_PIXELS
 from embedders.precision import Precision
 from embedders.samples import KeyDot
 from tasks.dataset.vectors import VectorFormat
 from tasks.merge_options import MergeOptions
+from tasks.run_part import RunPart
 from tasks.storage.download_ahead import SPACE
 
 
@@ -155,6 +157,11 @@ class RunOptions(_Options):
         600.0, description="Seconds to wait for new workers once all are gone; then the run ends with what is done."
     )
     scheduler: str | None = Field(None, description="Address of a Dask scheduler to use, tcp://HOST:PORT.")
+    part: str | None = Field(
+        None,
+        description="Do only a part of the shards, such as 3/16: every 16th, counted from 0/16 to 15/16. Parts may run "
+        "side by side, on any machines.",
+    )
     overwrite: bool = Field(False, description="Replace embeddings made with another model or setting.")
     verify: bool = Field(False, description="Read all that is done and check it against its checksums first.")
     fingerprint: Literal["stat", "content"] = Field(
@@ -167,6 +174,19 @@ class RunOptions(_Options):
     staging_space: ByteSize = Field(
         ByteSize(SPACE), description="Bytes on each worker's disk that shards of a store may take, such as 20GB."
     )
+
+    @field_validator("part")
+    @classmethod
+    def _is_part(cls, value: str | None) -> str | None:
+        try:
+            return None if value is None else str(RunPart.parse(value))
+        except ValueError as error:
+            raise PydanticCustomError("part", "Input should be {wanted}", {"wanted": str(error)}) from error
+
+    @property
+    def run_part(self) -> RunPart | None:
+        """Which shards are to be done; None for all."""
+        return None if self.part is None else RunPart.parse(self.part)
 
 
 SWITCHED_OFF = {
@@ -222,6 +242,12 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
         return shlex.join(words)
 
     @property
+    def common_to_parts(self) -> str:
+        """Return a short text that is the same for all parts of one run: what the merged dataset depends on."""
+        options = self.merge_options()
+        return digest([self.model_name, self.embedder, self.image_embedding_column, options.as_dict()])[:8]
+
+    @property
     def strict_ids(self) -> bool:
         """Whether a repeated id in the metadata is an error."""
         return self.repeated_ids == "raise" or self.on_error is OnError.RAISE
@@ -239,6 +265,11 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
         """
         if self.in_place and self.rows_per_file is not None:
             raise InputError("--in-place and --rows-per-file exclude each other; leave one of them out")
+        if self.part is not None and self.rows_per_file is not None:
+            raise InputError(
+                "--part and --rows-per-file exclude each other, since such files have rows of several parts; run the "
+                "parts without it, and then once with --rows-per-file and without --part: that embeds nothing again"
+            )
         return MergeOptions(
             self.id_col,
             null_rows=self.on_error is OnError.NULL,

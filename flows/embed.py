@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prefect import State, flow, task
@@ -19,10 +20,10 @@ from prefect.states import Completed
 
 from embedders.base import ImageEmbedder
 from embedders.errors import InputError
-from flows.artifacts import ProgressArtifact
+from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
-from flows.outcome import NO_OUTPUT, RunFailed, checkpoint_of, show_in_a_page, show_run, write_account
+from flows.outcome import NO_OUTPUT, RunFailed, checkpoint_of, show_in_a_page, write_account
 from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
 from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
@@ -41,7 +42,7 @@ from tasks.own_cluster import OwnCluster, own_cluster
 from tasks.plan import Plan, embedding_jobs, make_plan, passes
 from tasks.records import LayerRecord, intact
 from tasks.retries import ShardFailure
-from tasks.run_lock import only_run
+from tasks.run_lock import LOCKS, in_turn, only_run
 from tasks.shards import Shard, sweep
 from tasks.storage.folder import Folder
 from tasks.wording import counted
@@ -131,16 +132,18 @@ def _alone(config: EmbedConfig, embedders: Sequence[ImageEmbedder], lost: Callab
 
     In place that is the dataset too: of two runs that add a column to one file, one would be lost.
     """
-    name = lock_name(config, embedders)
+    name, part = lock_name(config, embedders), config.run_part
+    settings = "" if part is None else config.common_to_parts
+    lock = partial(only_run, run=name, lost=lost, part=part, settings=settings)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_run(config.output, name, lost))
+        alone = [stack.enter_context(lock(config.output))]
         if _dataset_is_another_folder(config):
-            stack.enter_context(only_run(config.dataset, name, lost, instead="leave out --in-place"))
-        _sweep(config)
+            alone.append(stack.enter_context(lock(config.dataset, instead="leave out --in-place")))
+        _sweep(config, alone)
         try:
             yield
         finally:
-            _sweep(config)
+            _sweep(config, alone)
 
 
 def _dataset_is_another_folder(config: EmbedConfig) -> bool:
@@ -151,8 +154,12 @@ def _dataset_is_another_folder(config: EmbedConfig) -> bool:
     return False
 
 
-def _sweep(config: EmbedConfig) -> None:
+def _sweep(config: EmbedConfig, alone: Sequence[Callable[[], bool]]) -> None:
+    """Remove half-written files, unless another part may be writing them: not all network file systems can tell."""
+    if not all(it() for it in alone):
+        return
     sweep(config.output)
+    Folder(Folder(config.output).place(LOCKS)).sweep()
     if config.in_place:
         Folder(config.dataset).sweep()
 
@@ -170,14 +177,8 @@ def _run(
     for notice in work.notices:
         progress.note(notice)
     if not work.anything and not has_server():
-        spent = Timing(time.monotonic() - work.started)
-        finish_dataset(work.plan)
-        limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
-        manifest = account(work.plan, len(work.plan.shards), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
-        write_manifest(manifest)
         progress.found(work.plan)
-        show_in_a_page(manifest, progress.note)
-        return manifest
+        return _in_turn(config, progress, partial(_finish_nothing_done, config, work, progress), failed=False)
     run_progress = RunProgress(len(work.plan.embedded))
     try:
         with prefect_server(server, wait=False) as local, _cluster(work, config, early) as cluster:
@@ -197,6 +198,34 @@ def _run(
             raise
         progress.note(f"the run is through, but Prefect could not be told ({type(error).__name__}: {error})")
         return run_progress.manifest
+
+
+def _in_turn(config: EmbedConfig, progress: Progress, finish: Callable[[bool], Manifest], failed: bool) -> Manifest:
+    """Write the account of the output; parts of a run do so one after the other, so that the last one's is whole.
+
+    Args:
+        config: The run's parameters.
+        progress: Is told if another part takes its time.
+        finish: Returns the account, and writes it if the argument is true.
+        failed: Whether shards of this run failed; only the run itself can write down why.
+    """
+    if config.part is None:
+        return finish(True)
+    write, read = partial(finish, True), None if failed else partial(finish, False)
+    return in_turn(config.output, lock_name(config), write, read, progress.note)
+
+
+def _finish_nothing_done(config: EmbedConfig, work: Work, progress: Progress, write: bool) -> Manifest:
+    """Return the account of an output that this run has found done."""
+    plan = work.plan if config.part is None else _plan_again(work, config)
+    limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
+    spent = Timing(time.monotonic() - work.started)
+    manifest = account(plan, len(work.plan.embedded), (), spent, 0, max_quarantined=limit, checkpoint=checkpoint)
+    if write:
+        finish_dataset(plan)
+        write_manifest(manifest)
+        show_in_a_page(manifest, progress.note, anew=config.part is not None)
+    return manifest
 
 
 @contextlib.contextmanager
@@ -231,6 +260,7 @@ def run_name(config: EmbedConfig, work: Work) -> str:
     made = {str(layer.made_of.get("model") or layer.made_of.get("embedder")): None for layer in work.plan.asked}
     model = " and ".join(made)
     name = f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
+    name += "" if config.part is None else f", part {config.part}"
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 
@@ -311,10 +341,42 @@ def _embed(
                 unexplained = f"not done: {error}"
                 progress.note(f"{error}; what is embedded is kept")
                 plan = _plan_again(work, config)
-    again = finish_with(config, work)
-    manifest = write_account(work, config, plan, failures, first=first, finish_with=again, unexplained=unexplained)
+    finish = partial(_finish, config, work, progress, plan, first, failures, unexplained)
+    manifest = _in_turn(config, progress, finish, failed=bool(failures) or unexplained != NO_OUTPUT)
     run_progress.manifest = manifest
-    return show_run(manifest, plan, progress.note, anew=anything)
+    if manifest.shards_failed or manifest.over_limit:
+        raise RunFailed(manifest)
+    return manifest
+
+
+def _finish(
+    config: EmbedConfig,
+    work: Work,
+    progress: Progress,
+    plan: Plan,
+    first: float,
+    failures: Mapping[str, ShardFailure],
+    unexplained: str,
+    write: bool,
+) -> Manifest:
+    """Return the account of what the output holds now; write it, with the card and the report, if that is asked for."""
+    if config.part is not None:  # other parts have gone on meanwhile
+        plan = _plan_again(work, config)
+    manifest = write_account(
+        work,
+        config,
+        plan,
+        failures,
+        first=first,
+        finish_with=finish_with(config, work),
+        unexplained=unexplained,
+        write=write,
+    )
+    if write:
+        show_in_a_page(manifest, progress.note, anew=work.anything or config.part is not None)
+    if work.anything:
+        show_account(manifest, plan)
+    return manifest
 
 
 @task(name="done-before", cache_policy=NO_CACHE)
@@ -325,7 +387,8 @@ def done_before(shards: int) -> State[int]:
 
 def _plan_again(work: Work, config: EmbedConfig) -> Plan:
     """What the output holds now: the files are the record, whatever the tasks said."""
-    return make_plan(work.plan.shards, work.plan.recipes, work.plan.options, overwrite=True)
+    plan = work.plan
+    return make_plan(plan.shards, plan.recipes, plan.options, overwrite=True, part=plan.part)
 
 
 def _on_the_cluster(

@@ -47,6 +47,7 @@ def write_account(
     first: float,
     finish_with: str,
     unexplained: str = NO_OUTPUT,
+    write: bool = True,
 ) -> Manifest:
     """Write the dataset's schema and card and the manifest, from what the output holds.
 
@@ -58,6 +59,7 @@ def write_account(
         first: Seconds from the start of the run to its first group of shards.
         finish_with: The call that does what failed.
         unexplained: Why a shard is not done whose failure no task has reported.
+        write: Whether to write anything; else the account is only returned.
 
     Returns:
         The manifest. If it could not be written, that is among its failures.
@@ -66,15 +68,16 @@ def write_account(
     failed = {name: failure for name, failure in failures.items() if name in left}
     for shard in [*plan.to_embed, *plan.to_merge]:
         failed.setdefault(shard.name, ShardFailure(shard.name, unexplained, True))
-    fresh = [record for name, record in plan.embedded.items() if name not in work.plan.embedded]
+    fresh = plan.embedded_since(work.plan)
     samples = sum(record.samples for record in fresh)
     spent = Timing(time.monotonic() - work.started, first, seconds_in_work(fresh))
     limit, checkpoint = config.quarantine_limit, checkpoint_of(work.embedders[0])
     cached = len(work.plan.embedded)
     manifest = account(plan, cached, list(failed.values()), spent, samples, finish_with, limit, checkpoint)
     try:
-        finish_dataset(plan)
-        write_manifest(manifest)
+        if write:
+            finish_dataset(plan)
+            write_manifest(manifest)
     except OSError as error:
         failure = {MANIFEST: f"could not be written: {error}"}
         manifest = manifest.model_copy(update={"failures": manifest.failures | failure, "finish_with": finish_with})

@@ -30,7 +30,7 @@ from tasks.own_cluster import OwnCluster
 from tasks.plan import Plan, plan_in_one_schema
 from tasks.records import PART
 from tasks.shards import find_shards, with_content_fingerprints
-from tasks.storage.folder import Folder
+from tasks.storage.folder import FileInfo, Folder
 from tasks.worker.shared_engine import embedders_of
 from tasks.worker_count import choose_workers
 
@@ -112,7 +112,7 @@ def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = (), device
     recipes = tuple(recipe for embedder in embedders for recipe in recipes_of(embedder))
     check_names(recipes, config.id_col)
     held = functools.partial(held_schema, config.output)
-    how = {"overwrite": config.overwrite, "verify": config.verify}
+    how = {"overwrite": config.overwrite, "verify": config.verify, "part": config.run_part}
     try:
         plan = plan_in_one_schema(shards, recipes, config.merge_options(), held, **how)
     except OSError as error:
@@ -197,8 +197,13 @@ def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> N
 
 
 def count_shards(config: EmbedConfig) -> int:
-    """How many tars lie in a local dataset."""
-    return len(Folder(config.dataset).list(".tar"))
+    """How many tars of a local dataset a run does."""
+    return len(_own_tars(config))
+
+
+def _own_tars(config: EmbedConfig) -> Sequence[FileInfo]:
+    tars = Folder(config.dataset).list(".tar")
+    return tars if config.run_part is None else config.run_part.of(tars)
 
 
 def surely_unfinished(config: EmbedConfig, columns: Sequence[str]) -> bool:
@@ -212,7 +217,7 @@ def surely_unfinished(config: EmbedConfig, columns: Sequence[str]) -> bool:
         source, target = Folder(config.dataset), Folder(config.output)
         if not (source.is_local and target.is_local):
             return False
-        tars = {file.name.removesuffix(".tar") for file in source.list(".tar")}
+        tars = {file.name.removesuffix(".tar") for file in _own_tars(config)}
         layers = Folder(target.place("layers"))
         done = [{f.name.removesuffix(".parquet") for f in Folder(layers.place(c)).list(".parquet")} for c in columns]
         return bool(done) and not all(tars <= names for names in done)

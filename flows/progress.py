@@ -205,12 +205,14 @@ class Terminal:
     def found(self, plan: Plan, images: int = 0) -> None:
         """Print what there is to do."""
         total = len(plan.to_embed)
-        done = len(plan.shards) - total
+        done = len(plan.own) - total
         self.pace = Pace.of(plan, images)
         if not plan.to_embed and not plan.to_merge:
             self.console.print(f"{counted(done, 'shard')}, all done already: nothing to embed, nothing to merge")
             return
-        self.console.print(f"{counted(len(plan.shards), 'shard')}: {total:,} to embed, {done:,} done already")
+        part = "" if plan.part is None else f"part {plan.part.number} of {plan.part.count}: "
+        shards = counted(len(plan.own), "shard")
+        self.console.print(f"{part}{shards}: {total:,} to embed, {done:,} done already")
 
     def embedded(self, records: Sequence[LayerRecord]) -> None:
         """Count a finished group of shards, and print a line if there is no live view."""

@@ -107,7 +107,7 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
         "samples": f"{manifest.samples:,} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined",
         "quarantined": reasons or "none",
         "ignored": f"{manifest.ignored:,} members that are part of no sample {', '.join(manifest.ignored_examples)}",
-        "shards": f"{manifest.shards:,}, {manifest.shards_cached:,} done before, {manifest.shards_failed:,} failed",
+        "shards": manifest.told_shards,
         "rows": manifest.told_rows,
         "last run": f"{manifest.seconds:,.1f} s, {manifest.images_per_second:,.1f} images/s, start-up excluded",
         "dimensions": manifest.dimensions,
@@ -120,7 +120,8 @@ def _facts(manifest: Manifest, sampled: Sampled) -> str:
     links = " · ".join(f'<a href="{name}">{name}</a>' for name in (MANIFEST, "metadata/", "layers/", "quarantine/"))
     boxes = "".join(f"<p class=wrong>Error: {_text(what)}</p>" for what in wrong)
     boxes += "".join(f"<p class=wrong>Warning: {_text(what)}</p>" for what in manifest.warnings)
-    failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in manifest.failures.items())
+    failures = manifest.failures | manifest.failures_of_other_parts
+    failed = "".join(f"<p class=wrong>Failed: {_text(f'{k}: {v}')}</p>" for k, v in failures.items())
     if manifest.over_limit:
         failed += f"<p class=wrong>Failed: {_text(manifest.over_limit)} (--max-quarantined)</p>"
     return f"<h1>{_text(manifest.model)}</h1>{boxes}{failed}<table>{rows}</table><p>{links}</p>"

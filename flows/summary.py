@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from tasks.manifest import MANIFEST, Manifest, read_quarantine
+from tasks.manifest import MANIFEST, Manifest, PartAccount, read_quarantine
 from tasks.storage.folder import Folder
 from tasks.wording import counted
 
@@ -19,8 +19,12 @@ def print_summary(manifest: Manifest) -> None:
     """Print the account of a run, and where its files are, on standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.quarantined_by_reason.items())
+    if manifest.part is not None:
+        console.print(_told_part(manifest, manifest.part))
     console.print(
-        f"{counted(manifest.samples, 'sample')} = {manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined"
+        ("the output so far: " if manifest.part is not None and manifest.shards_missing else "")
+        + f"{counted(manifest.samples, 'sample')} = "
+        + f"{manifest.embedded:,} embedded + {manifest.quarantined:,} quarantined"
         + (f" ({reasons})" if reasons else "")
     )
     for row in read_quarantine(Folder(manifest.output), manifest.column, QUARANTINE_SHOWN, manifest.left_out):
@@ -40,11 +44,27 @@ def print_summary(manifest: Manifest) -> None:
             f"embeddings without a metadata row: {manifest.embeddings_without_row:,}"
         )
     console.print(
-        f"{counted(manifest.shards, 'shard')}, {manifest.shards_cached:,} done before; "
-        f"{counted(manifest.dimensions, 'dimension')}; {manifest.seconds:.1f} s"
+        f"{counted(manifest.shards, 'shard')}, {manifest.shards_cached:,} done before"
+        + (
+            f", {manifest.shards_missing:,} not done yet"
+            if manifest.part is not None and manifest.shards_missing
+            else ""
+        )
+        + f"; {counted(manifest.dimensions, 'dimension')}; {manifest.seconds:.1f} s"
     )
     for name, path in _written(manifest):
         console.print(f"{name + ':':11} {path}")
+
+
+def _told_part(manifest: Manifest, part: PartAccount) -> str:
+    """Return the line about this run's own shards: "part 3 of 16: 12 of 200 shards; 96 samples = …"."""
+    number, _, count = part.part.partition("/")
+    left = part.shards - part.shards_done
+    return (
+        f"part {number} of {count}: {part.shards:,} of {counted(manifest.shards, 'shard')}"
+        + (f", {left:,} of them not done" if left else "")
+        + f"; {counted(part.samples, 'sample')} = {part.embedded:,} embedded + {part.quarantined:,} quarantined"
+    )
 
 
 def print_problems(manifest: Manifest) -> None:

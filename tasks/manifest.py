@@ -56,22 +56,39 @@ class LayerAccount(BaseModel):
     computed: dict[str, int] = Field({}, description="Shards by the precision and the device of their model.")
 
 
+class PartAccount(BaseModel):
+    """What a part of a run (`--part 3/16`) has done of its own shards, by this run or an earlier one."""
+
+    part: str = Field(description="Which part, counted from 0: 3/16.")
+    shards: int = Field(description="Shards of this part.")
+    shards_done: int = Field(description="Those that are embedded and merged.")
+    samples: int = Field(description="Samples in its embedded shards.")
+    embedded: int
+    quarantined: int
+
+
 class Manifest(BaseModel):
     """What a run did and what the output holds. Counts are of samples unless they say shards.
 
-    Those of samples are of the first layer that the run was asked for; `layers` has all.
+    Those of samples are of the first layer that the run was asked for; `layers` has all. The manifest of a part of a
+    run (`--part`) is of the whole output too, as far as it is done; `part` says what the part has done.
     """
 
     samples: int = Field(description="Samples in the shards that are done.")
     embedded: int
     quarantined: int
-    shards: int
+    shards: int = Field(description="Shards of the dataset.")
     shards_cached: int = Field(description="Shards that were done before this run.")
-    shards_failed: int
+    shards_failed: int = Field(description="Shards that this run, or this part of one, should have done and has not.")
+    shards_missing: int = Field(
+        0, description="Shards of the dataset that are not done: those that failed, and those of parts still to end."
+    )
     left_out: list[str] = Field(
         [],
-        description="Shards that no count is of, since they failed or are gone; the output may have their old files.",
+        description="Shards that no count is of, since they failed, are gone, or are of a part that has not done them "
+        "yet; the output may have their old files.",
     )
+    part: PartAccount | None = Field(None, description="What this part of a run has done; null for a whole run.")
     images_per_second: float = Field(
         description="Samples of this run by the time from the first shard's begin to the last one's end."
     )
@@ -99,7 +116,10 @@ class Manifest(BaseModel):
         "", description="By how much the quarantine exceeds --max-quarantined; empty if it does not."
     )
     warnings: list[str] = Field([], description="What a person should look at.")
-    failures: dict[str, str] = Field({}, description="Why each failed shard failed.")
+    failures: dict[str, str] = Field({}, description="Why each shard failed that this run, or this part of one, did.")
+    failures_of_other_parts: dict[str, str] = Field(
+        {}, description="Why shards failed in other parts of a run, as far as they are still not done."
+    )
     finish_with: str = Field("", description="The call that does what failed; empty if nothing did.")
     embedder: dict[str, Any] = Field({}, description="What the vectors depend on.")
     decoders: dict[str, int] = Field({}, description="Shards by what decoded them.")
@@ -139,6 +159,13 @@ class Manifest(BaseModel):
         )
 
     @property
+    def told_shards(self) -> str:
+        """The shards of the dataset, and what became of them, for a person."""
+        others = self.shards_missing - self.shards_failed if self.part is not None else 0
+        told = f"{self.shards:,}, {self.shards_cached:,} done before, {self.shards_failed:,} failed"
+        return told + (f", {others:,} not done yet by other parts" if others else "")
+
+    @property
     def told_rows(self) -> str:
         """The rows of the dataset, and what became of those without an embedding, for a person."""
         if self.rows_left_out:
@@ -175,10 +202,8 @@ def account(
         samples=sum(record.samples for record in records),
         embedded=sum(record.embedded for record in records),
         quarantined=reasons.total(),
-        shards=len(plan.shards),
         shards_cached=cached,
-        shards_failed=len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
-        left_out=sorted({*(shard.name for shard in plan.to_embed), *plan.gone}),
+        **_shards(plan),
         images_per_second=round(fresh / (spent.working or spent.total), 1),
         seconds=round(spent.total, 2),
         seconds_to_first=round(spent.first, 2),
@@ -205,6 +230,47 @@ def account(
         versions=records[0].versions if records else {},
         wrong=[line for layer in plan.asked for line in _wrong(layer, plan)],
     )
+
+
+def _shards(plan: Plan) -> dict[str, Any]:
+    """Return what the manifest says of the shards, those of other parts of the run included."""
+    return {
+        "shards": len(plan.shards),
+        "shards_failed": len(plan.to_embed) + len(plan.to_merge) + len(missing_parts(plan)),
+        "shards_missing": len(plan.unfinished),
+        "left_out": sorted({*(shard.name for shard in plan.shards if shard.name not in plan.embedded), *plan.gone}),
+        "part": _part_account(plan),
+        "failures_of_other_parts": _failures_of_other_parts(plan),
+    }
+
+
+def _part_account(plan: Plan) -> PartAccount | None:
+    """Return what the part of a run that a plan is for has done; None for a whole run."""
+    if plan.part is None:
+        return None
+    records = [plan.embedded[shard.name] for shard in plan.own if shard.name in plan.embedded]
+    samples, embedded = sum(record.samples for record in records), sum(record.embedded for record in records)
+    return PartAccount(
+        part=str(plan.part),
+        shards=len(plan.own),
+        shards_done=sum(shard.name in plan.embedded and shard.name in plan.merged for shard in plan.own),
+        samples=samples,
+        embedded=embedded,
+        quarantined=samples - embedded,
+    )
+
+
+def _failures_of_other_parts(plan: Plan) -> dict[str, str]:
+    """Return why shards of other parts failed that are not done yet, as the manifest says that is there."""
+    if plan.part is None:
+        return {}
+    try:
+        before = read_manifest(plan.shards[0].output)
+    except InputError:
+        return {}
+    others = {shard.name for shard in plan.unfinished} - {shard.name for shard in plan.own}
+    said = before.failures_of_other_parts | before.failures
+    return {name: why for name, why in said.items() if name in others}
 
 
 def _rows(plan: Plan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tasks.records import (
     quarantine_agrees,
     read_footers,
 )
+from tasks.run_part import RunPart
 from tasks.shards import Shard
 from tasks.storage.folder import FileInfo, Folder, in_bulk
 
@@ -83,6 +84,13 @@ class Plan:
     merged: dict[str, MergeRecord]
     gone: tuple[str, ...] = ()
     """Shards that the output has layers of and the dataset has no more."""
+    part: RunPart | None = None
+    """Which shards this run does; None for all."""
+
+    @cached_property
+    def own(self) -> tuple[Shard, ...]:
+        """The shards that this run does: all, or those of its part."""
+        return self.shards if self.part is None else tuple(self.part.of(self.shards))
 
     @cached_property
     def asked(self) -> tuple[Layer, ...]:
@@ -113,13 +121,23 @@ class Plan:
 
     @cached_property
     def to_embed(self) -> list[Shard]:
-        """The shards that lack a layer that belongs to their tar and its recipe."""
-        return [shard for shard in self.shards if shard.name not in self.embedded]
+        """Those of this run's shards that lack a layer that belongs to their tar and its recipe."""
+        return [shard for shard in self.own if shard.name not in self.embedded]
 
     @cached_property
     def to_merge(self) -> list[Shard]:
-        """The embedded shards whose merged file is missing or older than its inputs."""
-        return [shard for shard in self.shards if shard.name in self.embedded and shard.name not in self.merged]
+        """Those of this run's shards that are embedded and whose merged file is missing or older than its inputs."""
+        return [shard for shard in self.own if shard.name in self.embedded and shard.name not in self.merged]
+
+    @cached_property
+    def unfinished(self) -> list[Shard]:
+        """The shards of the whole dataset that are not embedded or not merged, in its order."""
+        return [shard for shard in self.shards if shard.name not in self.embedded or shard.name not in self.merged]
+
+    def embedded_since(self, before: Plan) -> list[LayerRecord]:
+        """Return the records of this run's shards that an earlier plan did not have yet."""
+        names = [shard.name for shard in self.own if shard.name not in before.embedded]
+        return [self.embedded[name] for name in names if name in self.embedded]
 
     @property
     def vectors(self) -> MergedColumn:
@@ -136,6 +154,7 @@ def make_plan(
     *,
     overwrite: bool = False,
     verify: bool = False,
+    part: RunPart | None = None,
 ) -> Plan:
     """Read what the output holds of these shards.
 
@@ -148,6 +167,7 @@ def make_plan(
         options: How layers and metadata are joined; the layers and columns are found here.
         overwrite: Whether layers that another recipe made are made anew.
         verify: Whether to read every page of what looks done and check it against its checksum.
+        part: Which shards are to be done; None for all. What is decided for all is the same in all parts.
 
     Raises:
         InputError: A layer was made by another recipe and `overwrite` is not set, or two layers have one column name.
@@ -160,7 +180,7 @@ def make_plan(
     layers = sorted([*layers, *(layer for layer in earlier if layer is not None)], key=lambda layer: layer.name)
     check_column_names(layers, recipes)
     if verify:
-        layers = [_verified(shards, layer) for layer in layers]
+        layers = [_verified(shards if part is None else part.of(shards), layer) for layer in layers]
     columns = merged_columns(layers)
     options = replace(
         options,
@@ -170,7 +190,7 @@ def make_plan(
     )
     there = {file.name.removesuffix(".parquet").partition("/")[2] for file in files}
     gone = tuple(sorted(there - {shard.name for shard in shards}))
-    plan = Plan(tuple(shards), tuple(recipes), options, tuple(layers), {}, gone)
+    plan = Plan(tuple(shards), tuple(recipes), options, tuple(layers), {}, gone, part)
     return replace(plan, merged=_merged(plan, verify))
 
 
@@ -217,8 +237,8 @@ def _layer_records(
 
 
 def _verified(shards: Sequence[Shard], layer: Layer) -> Layer:
-    """Return a layer without the files that cannot be read or have a wrong checksum."""
-    found = _only(shards, dict(layer.records), lambda shard: intact(shard.target, shard.layer_file(layer.name)))
+    """Return a layer without those files of some shards that cannot be read or have a wrong checksum."""
+    found = _only(shards, layer.records, lambda shard: intact(shard.target, shard.layer_file(layer.name)))
     return replace(layer, records=found)
 
 
@@ -280,15 +300,15 @@ def _merged(plan: Plan, verify: bool) -> dict[str, MergeRecord]:
         if listed and done.key == merged_key(shard, plan.records(shard), options):
             merged[shard.name] = done
     if verify:
-        merged = _only(shards, merged, lambda shard: intact(*options.place(shard)))
+        merged = _only(plan.own, merged, lambda shard: intact(*options.place(shard)))
     return merged
 
 
-def _only(shards: Sequence[Shard], records: dict[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
-    """The records of the shards for which something holds that has to be read from their files."""
+def _only(shards: Sequence[Shard], records: Mapping[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
+    """Return the records without those of some shards for which something does not hold that is read from files."""
     asked = [shard for shard in shards if shard.name in records]
-    answers = in_bulk(holds, asked)
-    return {shard.name: records[shard.name] for shard, answer in zip(asked, answers, strict=True) if answer}
+    without = {shard.name for shard, answer in zip(asked, in_bulk(holds, asked), strict=True) if not answer}
+    return {name: record for name, record in records.items() if name not in without}
 
 
 def plan_in_one_schema(
@@ -298,6 +318,7 @@ def plan_in_one_schema(
 
     The footers of metadata that is not merged yet are read, so that what cannot be one schema is found before any
     image is. Where they widen the schema, what is merged already is joined again. In place each file keeps its own.
+    Parts of a run look at all shards in the dataset's order, so all find one schema, whatever is done meanwhile.
 
     Args:
         shards: All of the dataset.
@@ -316,7 +337,7 @@ def plan_in_one_schema(
     if schema is not None:
         plan = replace(plan, options=replace(plan.options, schema=schema))
         plan = replace(plan, merged=_merged(plan, bool(how.get("verify"))))
-    left = [*plan.to_embed, *plan.to_merge]
+    left = plan.unfinished
     if options.in_place:
         described = [shard for shard in left if shard.metadata is not None]
         in_bulk(lambda shard: usable_schema(shard, options.id_col, names), described)

@@ -1,7 +1,8 @@
 """An embedder that meets with accidents in the shards that an environment variable names.
 
 `FAULT=dies:00003` kills its worker with SIGKILL each time it comes to that shard, `hangs:00003` never returns from a
-call in C there, `slow:0.5` takes half a second more for each shard. Its vectors are those of a plain TimmImageEmbedder,
+call in C there, `slow:0.5` takes half a second more for each shard, `waits:FOLDER` waits until the folder has a file
+named like the shard. Its vectors are those of a plain TimmImageEmbedder,
 and so is its fingerprint.
 """
 
@@ -36,6 +37,9 @@ class Faulty(TimmImageEmbedder):
         fault, _, value = os.environ.get("FAULT", "").partition(":")
         if fault == "slow":
             time.sleep(float(value))
+        elif fault == "waits":
+            while not (Path(value) / Path(shard.path).stem).exists():
+                time.sleep(0.02)
         elif value == Path(shard.path).stem:
             if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)

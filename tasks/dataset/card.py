@@ -37,7 +37,7 @@ def finish_dataset(plan: Plan) -> None:
     before = target.read_text(CARD)
     if before is None or (CARD_MARK in before and before != text):
         target.write_text(CARD, text)
-    if not (plan.to_embed or plan.to_merge or missing_parts(plan)):
+    if not (plan.unfinished or missing_parts(plan)):
         _remove_former(plan, folder)
 
 

@@ -152,7 +152,7 @@ def manifest(output: Path) -> dict[str, Any]:
 
 def leftovers(output: Path) -> list[str]:
     """Temporary files and locks."""
-    return [str(path) for path in output.rglob("*") if path.name.startswith(".") or path.name == "run.lock"]
+    return [str(path) for path in output.rglob("*") if path.name.startswith(".") or path.name == "run.locks"]
 
 
 def written(output: Path) -> dict[str, tuple[int, int]]:

@@ -41,5 +41,5 @@ def test_a_run_that_is_told_to_stop_does(
     assert process.returncode == status
     assert said.splitlines()[-1].startswith("stopped: 0 of 4 shards"), said
     assert f"python -m flows.embed {demo_dataset} --output {output}" in said
-    assert not (output / "run.lock").exists()
+    assert not (output / "run.locks").exists()
     assert not processes_with(mark)

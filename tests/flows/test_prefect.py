@@ -228,7 +228,7 @@ def test_retry_does_only_what_is_missing(server: str, demo_dataset: Path, tmp_pa
     after = {path.name: path.stat().st_mtime_ns for path in (output / "layers/image_embedding").glob("*.parquet")}
     assert after.keys() - before.keys() == {"00001.parquet"}
     assert {name: after[name] for name in before} == before
-    assert not (output / "run.lock").exists()
+    assert not (output / "run.locks").exists()
 
 
 @pytest.fixture

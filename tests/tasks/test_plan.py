@@ -15,8 +15,9 @@ from embedders.samples import Component, Sample, TarIndex
 from embedders.tar_index import format_index
 from tasks.keys import layer_key, merge_key
 from tasks.merge_options import MergedColumn, MergeOptions
-from tasks.plan import Plan, make_plan
+from tasks.plan import Plan, make_plan, plan_in_one_schema
 from tasks.records import LayerRecord, MergeRecord, with_record
+from tasks.run_part import RunPart
 from tasks.shards import Shard
 from tests.layers import LAYER, layer_record, recipe_named
 
@@ -96,6 +97,52 @@ def test_another_embedders_output_is_refused_unless_told(shards: list[Shard]) ->
     with pytest.raises(InputError, match="--overwrite"):
         make_plan(shards, F, OPTIONS)
     assert left(make_plan(shards, F, OPTIONS, overwrite=True)) == (["a/0", "a/1", "a/2"], [])
+
+
+def test_a_part_is_left_to_do_its_own_shards(shards: list[Shard]) -> None:
+    shards[0].target.remove(shards[0].layer_file(LAYER))
+    shards[1].target.remove(shards[1].merged_file)
+    plans = [make_plan(shards, E, OPTIONS, part=RunPart(number, 2)) for number in range(2)]
+    assert [left(plan) for plan in plans] == [(["a/0"], []), ([], ["a/1"])]
+    for plan in plans:
+        assert [shard.name for shard in plan.unfinished] == ["a/0", "a/1"]
+        assert set(plan.embedded) == {"a/1", "a/2"}
+
+
+def test_a_part_verifies_its_own_shards(shards: list[Shard]) -> None:
+    for shard in shards:
+        path = Path(shard.target.path(shard.layer_file(LAYER)))
+        table = pq.read_table(path)
+        pq.write_table(table, path, write_page_checksum=True)
+        data = bytearray(path.read_bytes())
+        data[8] ^= 255
+        path.write_bytes(data)
+    assert left(make_plan(shards, E, OPTIONS, verify=True)) == (["a/0", "a/1", "a/2"], [])
+    part = make_plan(shards, E, OPTIONS, verify=True, part=RunPart(1, 2))
+    assert left(part) == (["a/1"], [])
+    assert set(part.embedded) == {"a/0", "a/2"}
+
+
+def test_parts_find_one_schema_whatever_is_done_meanwhile(shards: list[Shard], tmp_path: Path) -> None:
+    """The fields are in the dataset's order, and not that of what is left to embed and then to merge."""
+    for number, shard in enumerate(shards):
+        shard.target.remove(shard.merged_file)
+        shards[number] = replace(shard, dataset=str(tmp_path / "data"))
+        path = Path(shards[number].source.path(f"{shard.name}.parquet"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"key": ["0", "1"], f"column {number}": [1, 2]}), path)
+
+    def names(part: RunPart | None) -> list[str]:
+        schema = plan_in_one_schema(shards, E, OPTIONS, lambda columns: None, part=part).options.schema
+        assert schema is not None
+        return list(schema.names)
+
+    expected = ["key", "column 0", "column 1", "column 2"]
+    assert names(None) == names(RunPart(1, 2)) == expected  # all are embedded
+    shards[1].target.remove(shards[1].layer_file(LAYER))
+    assert names(None) == names(RunPart(0, 2)) == names(RunPart(1, 2)) == expected
+    shards[0].target.remove(shards[0].layer_file(LAYER))
+    assert names(None) == names(RunPart(0, 2)) == names(RunPart(1, 2)) == expected
 
 
 @pytest.mark.slow
