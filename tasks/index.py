@@ -82,6 +82,7 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     name="index-generation",
     task_run_name="index {span}",
     cache_policy=NO_CACHE,  # the index file is the cache
+    persist_result=False,
 )
 def index_shards(shards: Sequence[Shard], id_col: str, span: str, beside: bool = False) -> int | State[int]:
     """Index local shards and check their metadata; the number of samples found, `Cached` if all were indexed before.
