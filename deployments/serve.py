@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
-from prefect.flows import EntrypointType
 from prefect.runner import Runner
 from prefect.schedules import Cron, Interval, Schedule
+from prefect.types.entrypoint import EntrypointType
 
 from deployments.declared import DATASETS, DECLARED, Declared, declared
 from deployments.deploy import QUEUES

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
@@ -47,8 +48,15 @@ class Prefect:
         headers = {"Content-Type": "application/json"}
         headers["Authorization"] = "Basic " + b64encode(self.password.encode()).decode()
         request = urllib.request.Request(f"{self.url}/api{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:  # SQLite is busy; Prefect's own client tries again, too
+                if error.code != 503 or time.monotonic() > until:
+                    raise
+            time.sleep(1)
 
     def deployment(self, name: str) -> str:
         """A deployment's id."""
@@ -76,7 +84,7 @@ class Prefect:
     def artifacts(self, run: str) -> dict[str, Any]:
         """The artifacts of a run by the kind that their key begins with."""
         found = self.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
-        return {artifact["key"].partition("-")[0]: artifact for artifact in found}
+        return {artifact["key"].partition("-")[0]: artifact for artifact in found if artifact["key"]}
 
 
 def run_up(home: Path, port: int, *options: str, **environment: str) -> Prefect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
@@ -67,19 +68,21 @@ def test_what_was_embedded_and_not_merged_is_new(server: str, one_shard: Path, t
 
 
 def runs(*states: State[Any]) -> list[FlowRun]:
-    return [FlowRun.model_construct(name=f"run {i}", state=state) for i, state in enumerate(states)]
+    return [FlowRun(flow_id=uuid4(), name=f"run {i}", state=state) for i, state in enumerate(states)]
 
 
 def test_a_run_is_started_for_what_none_is_on_and_none_has_done() -> None:
-    failed, crashed = Failed(message="a full disk"), Crashed(message="gone")
+    failed: State[Any] = Failed(message="a full disk")
+    crashed: State[Any] = Crashed(message="gone")
     assert reason_not_to_start([], 3) == ""
     assert reason_not_to_start(runs(failed, crashed), 3) == ""
-    for states, why in (
-        ((failed, Running()), "run 'run 1' is on them (Running)"),
-        ((Completed(),), "has completed without them"),
-        ((failed, Cancelled()), "was cancelled"),
-        ((crashed, crashed, failed), "3 runs failed, the last one with: a full disk"),
-    ):
+    asked: list[tuple[list[State[Any]], str]] = [
+        ([failed, Running()], "run 'run 1' is on them (Running)"),
+        ([Completed()], "has completed without them"),
+        ([failed, Cancelled()], "was cancelled"),
+        ([crashed, crashed, failed], "3 runs failed, the last one with: a full disk"),
+    ]
+    for states, why in asked:
         assert why in reason_not_to_start(runs(*states), 3)
 
 
