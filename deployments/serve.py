@@ -54,10 +54,14 @@ def _schedule(entry: dict[str, Any]) -> Schedule:
     return Interval(entry["interval"], active=active)
 
 
-async def serve() -> None:
-    """Serve until the process is stopped, with a runner for each queue."""
+async def serve(by_queue: dict[str, list[Any]]) -> None:
+    """Serve until the process is stopped, with a runner for each queue.
+
+    Args:
+        by_queue: What `deployments` returns; in a running event loop Prefect would make coroutines of them.
+    """
     runners = []
-    for queue, found in deployments().items():
+    for queue, found in by_queue.items():
         runners.append(Runner(name=f"shard-embed {queue}", limit=QUEUES[queue]))
         for deployment in found:
             await runners[-1].aadd_deployment(deployment)
@@ -65,4 +69,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(deployments()))

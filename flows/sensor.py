@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger
@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.new_shards import new_shards
 from flows.parameters_of_output import is_in_place, manifest_of, parameters_of
@@ -28,7 +29,7 @@ def start_for_new_shards(
     output: str,
     deployment: str = "embed/on-demand",
     parameters: dict[str, Any] | None = None,
-    attempts: int = 3,
+    attempts: Annotated[int, Field(ge=1)] = 3,
 ) -> int:
     """Start a deployment if the dataset has shards that are not embedded yet.
 

@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import yaml
 from prefect import flow
+from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from deployments.declared import DECLARED
+from flows.server import prefect_server
 from tasks.run_lock import LOCK
 from tests.flows.conftest import processes_with
 from tests.servers import free_port
@@ -118,6 +120,37 @@ def test_the_flow_comes_from_git_if_prefect_yaml_says_so(prefect: Prefect, demo_
     run = prefect.ended(prefect.start("embed/from-git", dataset=str(demo_dataset), output=str(tmp_path / "out")))
     assert run["state_type"] == "COMPLETED", run["state"]
     assert run["name"] == "cloned demo-data with test_vit.r160_in1k"
+
+
+def test_one_process_serves_all(demo_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a work pool: a sensor runs while an embedding run goes on, and both end."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT_RUNNER_POLL_FREQUENCY", "1")
+    places = {"dataset": str(demo_dataset), "output": str(tmp_path / "out")}
+    (tmp_path / "empty").mkdir()
+    nothing = {"dataset": str(tmp_path / "empty"), "output": str(tmp_path / "no")}
+    with prefect_server(), get_client(sync_client=True) as client, (tmp_path / "serve.log").open("wb") as log:
+        command = [sys.executable, "-m", "deployments.serve"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until = time.monotonic() + 120
+            while len(client.read_deployments()) < 4:
+                assert process.poll() is None, (tmp_path / "serve.log").read_text()
+                assert time.monotonic() < until, (tmp_path / "serve.log").read_text()
+                time.sleep(0.5)
+            embedding = client.read_deployment_by_name("embed/smoke").id
+            run = client.create_flow_run_from_deployment(embedding, parameters=places)
+            while (state := client.read_flow_run(run.id).state) is None or not state.is_running():
+                assert time.monotonic() < until, (tmp_path / "serve.log").read_text()
+                time.sleep(0.2)
+            sensor = run_deployment("new-shards/new-shards", parameters=nothing, poll_interval=1)
+            assert sensor.state.is_completed(), sensor.state  # type: ignore[union-attr]
+            while (state := client.read_flow_run(run.id).state) is None or not state.is_final():
+                time.sleep(0.5)
+            assert state.is_completed(), state
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled, Completed, Crashed, Failed, Running, State
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running
 
 from embedders.errors import InputError
 from flows.config import GROUPS, EmbedConfig
@@ -42,7 +42,7 @@ def test_new_shards_are_embedded_as_the_old_ones(
     options: dict[str, Any], server: str, one_shard: Path, tmp_path: Path
 ) -> None:
     dataset, output = str(one_shard), str(tmp_path / "out")
-    given = {"model_name": (TINY,), "pretrained": False, "device": "cpu", "workers": 1} | options
+    given: dict[str, Any] = {"model_name": (TINY,), "pretrained": False, "device": "cpu", "workers": 1} | options
     assert embed_dataset(dataset, output, **given).shards_failed == 0
     manifest = manifest_of(output, dataset)
     assert manifest is not None
