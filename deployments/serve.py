@@ -1,32 +1,41 @@
-"""`python -m deployments.serve`: serve the deployments of prefect.yaml from one process, without a work pool."""
+"""`python -m deployments.serve`: serve the declared deployments from one process, without a work pool.
+
+One run that embeds goes on at a time, since this machine's GPUs are one; sensors run beside it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from pathlib import Path
 from typing import Any
 
-import yaml
-from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
+from prefect.runner import Runner
 from prefect.schedules import Cron, Interval, Schedule
+from prefect.types.entrypoint import EntrypointType
 
-DECLARED = Path(__file__).with_name("prefect.yaml")
+from deployments.declared import DATASETS, DECLARED, Declared, declared
+from deployments.deploy import QUEUES
 
 
-def deployments(declared: Path = DECLARED) -> list[Any]:
-    """Return the deployments that a prefect.yaml declares, for `prefect.serve`.
+def deployments(file: Path = DECLARED, datasets: Path = DATASETS) -> dict[str, list[Any]]:
+    """Return what is declared, for Prefect's runners, by the queue that it is declared for.
 
     Args:
-        declared: The file, this folder's by default.
+        file: A prefect.yaml, this folder's by default.
+        datasets: A datasets.yaml, this folder's by default.
     """
-    return [_deployment(entry) for entry in yaml.safe_load(declared.read_text())["deployments"]]
+    by_queue: dict[str, list[Any]] = {queue: [] for queue in QUEUES}
+    for one in declared(file, datasets):
+        by_queue[one.entry["work_pool"]["work_queue_name"]].append(_deployment(one))
+    return by_queue
 
 
-def _deployment(entry: dict[str, Any]) -> Any:
-    path, _, name = entry["entrypoint"].partition(":")
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    flow = getattr(module, name)
+def _deployment(one: Declared) -> Any:
+    entry = one.entry
+    module, _, name = entry["entrypoint"].rpartition(".")
+    flow = getattr(importlib.import_module(module), name)
     return flow.to_deployment(
         entry["name"],
         description=entry["description"],
@@ -34,6 +43,7 @@ def _deployment(entry: dict[str, Any]) -> Any:
         tags=entry["tags"],
         schedules=[_schedule(schedule) for schedule in entry.get("schedules", [])],
         concurrency_limit=ConcurrencyLimitConfig(**entry["concurrency_limit"]),
+        entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
 
@@ -44,5 +54,19 @@ def _schedule(entry: dict[str, Any]) -> Schedule:
     return Interval(entry["interval"], active=active)
 
 
+async def serve(by_queue: dict[str, list[Any]]) -> None:
+    """Serve until the process is stopped, with a runner for each queue.
+
+    Args:
+        by_queue: What `deployments` returns; in a running event loop Prefect would make coroutines of them.
+    """
+    runners = []
+    for queue, found in by_queue.items():
+        runners.append(Runner(name=f"shard-embed {queue}", limit=QUEUES[queue]))
+        for deployment in found:
+            await runners[-1].aadd_deployment(deployment)
+    await asyncio.gather(*(runner.start() for runner in runners))
+
+
 if __name__ == "__main__":
-    serve(*deployments())
+    asyncio.run(serve(deployments()))

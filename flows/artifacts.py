@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextvars
 import html
 import logging
-import re
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
+from urllib.parse import quote
 from uuid import UUID
 
 import numpy as np
@@ -28,6 +28,8 @@ from prefect.artifacts import (
 
 from flows.progress import Pace
 from flows.report import REPORT
+from flows.report_link import report_link
+from flows.run_labels import name_with_hash
 from tasks.dataset.sampling import sample_vectors
 from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_quarantine
@@ -51,8 +53,8 @@ logger = logging.getLogger(__name__)
 class ProgressArtifact:
     """A progress artifact of the current flow run: images done, images per second, time left."""
 
-    def __init__(self, dataset: str) -> None:
-        self.key = artifact_key("progress", dataset)
+    def __init__(self, dataset: str, output: str) -> None:
+        self.key = artifact_key("progress", dataset, output)
         self.pace = Pace()
         self._artifact: UUID | None = None
         self._over = threading.Event()
@@ -111,30 +113,29 @@ class ProgressArtifact:
             logger.debug("progress not updated: %s", error)
 
 
-def artifact_key(kind: str, dataset: str) -> str:
-    """Return the key that all runs over one dataset share, so that the UI shows them as versions of one artifact.
+def artifact_key(kind: str, dataset: str, output: str) -> str:
+    """Return the key that all runs from a dataset to an output share, so that the UI shows one artifact's versions.
 
     Args:
         kind: What the artifact shows, such as "summary".
-        dataset: Folder or URL. The key has its last name, in the lower-case letters, digits and dashes that Prefect
-            accepts.
+        dataset: Folder or URL. The key has its last name, and a hash of both.
+        output: Folder or URL.
 
     Example:
-        >>> artifact_key("summary", "s3://crawl/LAION 400m/")
-        'summary-laion-400m'
+        >>> artifact_key("summary", "s3://crawl/LAION 400m/", "s3://vectors/laion")
+        'summary-laion-400m-e6eda3a8'
     """
-    name = dataset.rstrip("/").rpartition("/")[2].lower()
-    return f"{kind}-{re.sub('[^a-z0-9]+', '-', name).strip('-') or 'dataset'}"
+    return name_with_hash(kind, dataset, output)
 
 
 def show_account(manifest: Manifest, plan: Plan) -> None:
-    """Make the artifacts of a finished run: summary, shards, quarantined images, pictures, and a link to the report.
+    """Make the artifacts of a finished run: summary, shards, quarantined images, pictures, and the report.
 
     Args:
         manifest: The run's account.
         plan: Its plan after the work, with the records of the shards.
     """
-    for show in (_summary, _shards, _quarantine, _pictures, _link):
+    for show in (_summary, _shards, _quarantine, _pictures, _report):
         try:
             show(manifest, plan)
         except Exception as error:
@@ -161,7 +162,7 @@ def _summary(manifest: Manifest, plan: Plan) -> None:
     lines += [f"\n**Failed:** {shard}: {_cell(why)}" for shard, why in list(manifest.failures.items())[:20]]
     if manifest.finish_with:
         lines.append(f"\nRetry does only what failed, as does `{manifest.finish_with}`.")
-    create_markdown_artifact("\n".join(lines), key=artifact_key("summary", manifest.dataset))
+    create_markdown_artifact("\n".join(lines), key=_key("summary", manifest))
 
 
 def _shards(manifest: Manifest, plan: Plan) -> None:
@@ -176,7 +177,7 @@ def _shards(manifest: Manifest, plan: Plan) -> None:
     header = ["shard", "state", "samples", "quarantined", "images/s while processed", "decoder", "worker or reason"]
     table = [dict(zip(header, row, strict=True)) for row in rows[:SHARDS_SHOWN]]
     description = f"{len(table):,} of {counted(manifest.shards, 'shard')}"
-    create_table_artifact(table, artifact_key("shards", manifest.dataset), description)
+    create_table_artifact(table, _key("shards", manifest), description)
 
 
 def _quarantine(manifest: Manifest, plan: Plan) -> None:
@@ -184,7 +185,7 @@ def _quarantine(manifest: Manifest, plan: Plan) -> None:
     table = [{name: _cell(value) for name, value in row.items()} for row in rows]
     whole = counted(manifest.quarantined, "quarantined image")
     description = f"{len(rows):,} of {whole}; all are in {manifest.output}/quarantine"
-    create_table_artifact(table, artifact_key("quarantine", manifest.dataset), description)
+    create_table_artifact(table, _key("quarantine", manifest), description)
 
 
 def _pictures(manifest: Manifest, plan: Plan) -> None:
@@ -198,7 +199,7 @@ def _pictures(manifest: Manifest, plan: Plan) -> None:
     sheet = contact_sheet({"embedded": shown[0], "quarantined": shown[1]})
     if sheet is not None:
         description = "A sample of the embedded images and, below, quarantined images that can still be shown."
-        create_image_artifact(sheet, key=artifact_key("pictures", manifest.dataset), description=description)
+        create_image_artifact(sheet, key=_key("pictures", manifest), description=description)
 
 
 def contact_sheet(groups: dict[str, list[str]]) -> str | None:
@@ -231,12 +232,25 @@ def contact_sheet(groups: dict[str, list[str]]) -> str | None:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _link(manifest: Manifest, plan: Plan) -> None:
-    output = Folder(manifest.output)
-    place = output.place(REPORT)
-    link = f"file://{output.path(REPORT)}" if output.is_local else place
-    description = "A page with the vectors, their neighbours and the quarantined images; it opens from disk."
-    create_link_artifact(link, link_text=REPORT, key=artifact_key("report", manifest.dataset), description=description)
+def _report(manifest: Manifest, plan: Plan) -> None:
+    """Link to the report if a server hands it out, else say where it is: a page of Prefect's may open no file."""
+    output, key = Folder(manifest.output), _key("report", manifest)
+    place = output.path(REPORT) if output.is_local else output.place(REPORT)
+    description = "A page with the vectors, their neighbours and the quarantined images."
+    if (link := report_link(manifest.output)) is not None:
+        create_link_artifact(link, link_text=REPORT, key=key, description=f"{description} It is {place}.")
+        return
+    lines = [f"## {REPORT}", description, f"    {place}"]
+    if output.is_local:
+        way = f"Copy this into the browser's address bar, on the machine that ran it: `file://{quote(place)}`"
+        lines.append(f"{way}. (A browser follows no link from this page to a file.)")
+    else:
+        lines.append("Copy it from there and open it; it needs nothing beside it.")
+    create_markdown_artifact("\n\n".join(lines), key=key, description=description)
+
+
+def _key(kind: str, manifest: Manifest) -> str:
+    return artifact_key(kind, manifest.dataset, manifest.output)
 
 
 def _cell(value: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,14 @@ from embedders.errors import InputError
 from flows.artifacts import ProgressArtifact, show_account
 from flows.config import EmbedConfig, ImageOptions, ModelOptions, OnError, RunOptions, TableOptions
 from flows.interrupt import Terminated, noticing_prefects_signal
+from flows.lost_lock import stoppable
 from flows.outcome import NO_OUTPUT, RunFailed, checkpoint_of, show_in_a_page, write_account
+from flows.output_queue import turn
 from flows.prepare import HandedOver, RunProgress, Work, count_shards, handed_over, prepare, received, surely_unfinished
 from flows.progress import Progress, ProgressGroup, Silent, progress_here, quiet
-from flows.server import LocalServer, check_server, has_server, prefect_server, shared, started_early
+from flows.run_labels import last_name, run_tags, tagged
+from flows.server import LocalServer, check_server, has_server, parents_server, prefect_server, shared, started_early
+from flows.stopped_run import note_what_is_kept
 from flows.submission import Submission
 from flows.tasks_in_flight import ClusterLost, SettingsOnce, TasksInFlight
 from tasks.cluster import Cluster, describe
@@ -132,9 +137,14 @@ def _alone(config: EmbedConfig, embedders: Sequence[ImageEmbedder], lost: Callab
 
     In place that is the dataset too: of two runs that add a column to one file, one would be lost.
     """
-    name, part = lock_name(config, embedders), config.run_part
+    name, part, taken = lock_name(config, embedders), config.run_part, threading.Event()
     settings = "" if part is None else config.common_to_parts
-    lock = partial(only_run, run=name, lost=lost, part=part, settings=settings)
+
+    def taken_over(why: str) -> None:
+        taken.set()
+        lost(why)
+
+    lock = partial(only_run, run=name, lost=taken_over, part=part, settings=settings)
     with contextlib.ExitStack() as stack:
         alone = [stack.enter_context(lock(config.output))]
         if _dataset_is_another_folder(config):
@@ -143,7 +153,8 @@ def _alone(config: EmbedConfig, embedders: Sequence[ImageEmbedder], lost: Callab
         try:
             yield
         finally:
-            _sweep(config, alone)
+            if not taken.is_set():  # what is half-written there now may be the other run's
+                _sweep(config, alone)
 
 
 def _dataset_is_another_folder(config: EmbedConfig) -> bool:
@@ -185,7 +196,8 @@ def _run(
             if local is not None:
                 local.wait()
             with handed_over(HandedOver(work, progress, run_progress, cluster)):
-                named = embed.with_options(flow_run_name=run_name(config, work))
+                # The caller gets the manifest itself, so none is kept for it.
+                named = embed.with_options(flow_run_name=run_name(config, work), persist_result=False)
                 return named(config.dataset, config.output, **config.groups())
     except RunFailed as failed:
         return failed.manifest
@@ -244,8 +256,22 @@ def _cluster(work: Work, config: EmbedConfig, early: OwnCluster | None = None) -
 def lock_name(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = ()) -> str:
     """What another run over the same output is told that this one is."""
     names = [type(embedder).__name__ for embedder in embedders]
-    model = " and ".join(names) or config.embedder or " and ".join(config.model_name)
-    return f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
+    return _run_name(config.dataset, names or asked_models(config))
+
+
+def asked_models(config: ModelOptions) -> Sequence[str]:
+    """The models that parameters name, or their custom embedder."""
+    return (config.embedder,) if config.embedder else config.model_name
+
+
+def made_models(work: Work) -> Sequence[str]:
+    """The models, or classes of custom embedders, that a planned run embeds with."""
+    made = (str(layer.made_of.get("model") or layer.made_of.get("embedder")) for layer in work.plan.asked)
+    return tuple(dict.fromkeys(made))
+
+
+def _run_name(dataset: str, models: Sequence[str]) -> str:
+    return f"embed {last_name(dataset)} with {' and '.join(models)}"
 
 
 def finish_with(config: EmbedConfig, work: Work) -> str:
@@ -257,28 +283,25 @@ def finish_with(config: EmbedConfig, work: Work) -> str:
 
 def run_name(config: EmbedConfig, work: Work) -> str:
     """ "embed demo-data with tf_efficientnet_lite0" """
-    made = {str(layer.made_of.get("model") or layer.made_of.get("embedder")): None for layer in work.plan.asked}
-    model = " and ".join(made)
-    name = f"embed {config.dataset.rstrip('/').rpartition('/')[2]} with {model}"
-    name += "" if config.part is None else f", part {config.part}"
+    name = _run_name(config.dataset, made_models(work)) + ("" if config.part is None else f", part {config.part}")
     return name.replace("{", "{{").replace("}", "}}")  # Prefect takes it for a format string
 
 
 def deployed_run_name() -> str:
     """The same for a run that a deployment starts, from its parameters."""
     given = flow_run.parameters
-    model = given.get("model") or {}
-    options = model if isinstance(model, dict) else model.model_dump()
-    names = options.get("model_name") or ModelOptions().model_name
-    name = options.get("embedder") or (names if isinstance(names, str) else " and ".join(names))
-    return f"embed {str(given.get('dataset')).rstrip('/').rpartition('/')[2]} with {name}"
+    options = given.get("model") or {}
+    model = ModelOptions.model_validate(options) if isinstance(options, dict) else options
+    return _run_name(str(given.get("dataset")), asked_models(model))
 
 
 @flow(
     name="embed",
     flow_run_name=deployed_run_name,
-    persist_result=False,
-    result_serializer="json",  # the error of a failed run is kept in any case, by default as a pickle
+    persist_result=True,  # who starts a deployment gets the manifest: `run_deployment(...).state.result()`
+    result_serializer="json",  # by default it would be a pickle, and so would the error of a failed run
+    on_cancellation=[note_what_is_kept],
+    on_crashed=[note_what_is_kept],
 )
 def embed(
     dataset: str,
@@ -290,6 +313,8 @@ def embed(
 ) -> Manifest:
     """Give every image of a WebDataset an embedding, as a new column of its metadata, doing only what is missing.
 
+    Call it as a flow, as a subflow of another flow, or through a deployment. Runs over one output take turns.
+
     Args:
         dataset: Folder or fsspec URL with the .tar shards and their metadata .parquet, as the worker sees it.
         output: Folder or fsspec URL that gets layers, metadata, quarantine and manifest.
@@ -298,29 +323,37 @@ def embed(
         table: The dataset that is made.
         work: Where it runs, and what is done again.
 
+    Returns:
+        The account of the run. A deployment's run keeps it as its result.
+
     Raises:
         RunFailed: Some shards failed after their retries, or too many samples are quarantined; a second run does only
             the shards that failed.
+        LockLost: Another run has taken over the output.
     """
     # Prefect's form takes descriptions from a docstring of this form only.
     config = EmbedConfig.of(dataset, output, model, images, table, work)
     received_work = received()
     if received_work is not None:
-        return _embed(config, *received_work)
-    with _alone(config, (), _stop_flow):
+        with tagged(run_tags(dataset, made_models(received_work.work))):
+            return _embed(config, *received_work)
+    written = [output, dataset] if _dataset_is_another_folder(config) else [output]
+    with (
+        parents_server(),
+        tagged(run_tags(dataset, asked_models(config))),
+        stoppable() as stop,
+        turn(*written),
+        _alone(config, (), stop),
+    ):
         found = prepare(config)
         with _cluster(found, config) as cluster:
             return _embed(config, found, Silent(), RunProgress(len(found.plan.embedded)), cluster)
 
 
-def _stop_flow(why: str) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _embed(
     config: EmbedConfig, work: Work, progress: Progress, run_progress: RunProgress, cluster: OwnCluster | None
 ) -> Manifest:
-    progress = ProgressGroup(progress, ProgressArtifact(config.dataset))
+    progress = ProgressGroup(progress, ProgressArtifact(config.dataset, config.output))
     progress.found(work.plan, work.images)
     if work.plan.embedded:
         done_before.with_options(task_run_name=f"{counted(len(work.plan.embedded), 'shard')} done before")(
@@ -379,7 +412,7 @@ def _finish(
     return manifest
 
 
-@task(name="done-before", cache_policy=NO_CACHE)
+@task(name="done-before", cache_policy=NO_CACHE, persist_result=False)
 def done_before(shards: int) -> State[int]:
     """Show the shards that were found done by their key, as one task run."""
     return Completed(name="Cached", message=f"{counted(shards, 'shard')} done before", data=shards)

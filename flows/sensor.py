@@ -1,14 +1,24 @@
 """A cheap flow that starts a deployment when a dataset has shards without embeddings."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
+from prefect.runtime import flow_run
+from pydantic import Field
 
-from tasks.storage.folder import FileInfo, Folder
+from flows.new_shards import new_shards
+from flows.parameters_of_output import is_in_place, manifest_of, parameters_of
+from flows.run_labels import PROJECT
+from tasks.wording import counted
 
 EVENT = "shard-embed.new-shards"
 
@@ -19,57 +29,109 @@ def start_for_new_shards(
     output: str,
     deployment: str = "embed/on-demand",
     parameters: dict[str, Any] | None = None,
+    attempts: Annotated[int, Field(ge=1)] = 3,
 ) -> int:
     """Start a deployment if the dataset has shards that are not embedded yet.
 
-    This only lists two folders. A set of new shards starts one run, however often it is seen. A shard that is still
-    being written changes the set, so it is seen again.
+    This only lists folders. A set of new shards starts one run, however often it is seen, and another one if that run
+    failed or crashed. A shard that is still being written changes the set, so it is seen again.
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards.
         output: Folder or fsspec URL of the output.
         deployment: FLOW/DEPLOYMENT to start.
-        parameters: Its parameters besides dataset and output, such as {"model": {"model_name": "resnet50"}}.
+        parameters: Its parameters besides dataset and output, such as {"model": {"model_name": "resnet50"}}. By default
+            those that the output's manifest names; the deployment's own if there is no manifest yet.
+        attempts: Runs for one set of shards before the sensor gives up on it.
 
     Returns:
         How many shards are new.
+
+    Raises:
+        InputError: The dataset cannot be listed, or the output's manifest does not say how to embed new shards.
     """
-    new = new_shards(dataset, output)
-    logger = get_run_logger()
+    logger, manifest = get_run_logger(), manifest_of(output, dataset)
+    in_place = ((parameters or {}).get("table") or {}).get("in_place", manifest is not None and is_in_place(manifest))
+    new = new_shards(dataset, output, in_place)
     if not new:
         logger.info("no new shards in %s", dataset)
         return 0
-    versions = "\n".join(f"{tar.name} {tar.fingerprint}" for tar in new)
-    seen = hashlib.sha256(versions.encode()).hexdigest()
+    if parameters is None:
+        parameters = {} if manifest is None else parameters_of(manifest)
+    given = {**parameters, "dataset": dataset, "output": output}
+    said = f"{counted(len(new), 'new shard')}, {new[0].name} to {new[-1].name}"
+    seen = digest_of({tar.name: tar.fingerprint for tar in new}, deployment, given)
+    before = list(runs_before(seen, attempts))
+    if why := reason_not_to_start(before, attempts):
+        logger.info("%s: %s", said, why)
+        return len(new)
+    name = f"{said} (by {flow_run.name})"
+    run: Any = run_deployment(
+        deployment,
+        parameters=given,
+        flow_run_name=name,
+        idempotency_key=f"{seen} {len(before)}",
+        tags=[PROJECT],
+        timeout=0,
+    )
+    if run.name != name:  # another sensor was faster: the server answers with its run
+        logger.info("%s: already started as %s", said, run.name)
+        return len(new)
+    logger.info("%s: started %s as %s", said, deployment, run.id)
     emit_event(
         EVENT,
         resource={"prefect.resource.id": f"shard-embed.dataset.{dataset}", "prefect.resource.name": dataset},
-        payload={"shards": len(new), "first": new[0].name, "last": new[-1].name},
+        payload={"shards": len(new), "first": new[0].name, "last": new[-1].name, "attempt": len(before) + 1},
+        id=UUID(bytes=hashlib.sha256(f"{seen} {len(before)}".encode()).digest()[:16]),
     )
-    run: Any = run_deployment(
-        deployment,
-        parameters={"dataset": dataset, "output": output, **(parameters or {})},
-        idempotency_key=f"{output} {seen}",
-        timeout=0,
-    )
-    logger.info("%d new shards, %s to %s: %s", len(new), new[0].name, new[-1].name, run.name)
     return len(new)
 
 
-def new_shards(dataset: str, output: str) -> Sequence[FileInfo]:
-    """Return the tars of a dataset that some layer of an output has no file of.
+def digest_of(shards: Mapping[str, str], deployment: str, parameters: Mapping[str, Any]) -> str:
+    """Return a text that is the same as long as the same run would be started.
 
     Args:
-        dataset: Folder or fsspec URL with the .tar shards.
-        output: Folder or fsspec URL of the output.
-
-    Raises:
-        InputError: The dataset cannot be listed.
+        shards: The fingerprint of each new shard's tar, by name.
+        deployment: What would be started.
+        parameters: With which parameters.
     """
-    layers = Folder(Folder(output).place("layers"))
-    done: dict[str, set[str]] = {}
-    for file in layers.list(".parquet"):
-        layer, _, name = file.name.partition("/")
-        done.setdefault(layer, set()).add(name.removesuffix(".parquet"))
-    everywhere = set.intersection(*done.values()) if done else set()
-    return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in everywhere]
+    whole = json.dumps([shards, deployment, parameters], sort_keys=True, default=str)
+    return f"{PROJECT} {hashlib.sha256(whole.encode()).hexdigest()}"
+
+
+def runs_before(seen: str, attempts: int) -> Iterator[FlowRun]:
+    """Yield the runs that were started for a set of shards, the first one first.
+
+    Args:
+        seen: The set, from `digest_of`.
+        attempts: How many there are at most.
+    """
+    with get_client(sync_client=True) as client:
+        for attempt in range(attempts):
+            key = FlowRunFilterIdempotencyKey(any_=[f"{seen} {attempt}"])
+            found = client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key))
+            if not found:
+                return
+            yield found[0]
+
+
+def reason_not_to_start(before: list[FlowRun], attempts: int) -> str:
+    """Return why no run is started for a set of shards, for the log; "" if one is.
+
+    Args:
+        before: The runs that were started for it.
+        attempts: How many there may be.
+    """
+    if not before:
+        return ""
+    last = before[-1]
+    state = last.state
+    if state is None or not state.is_final():
+        return f"run {last.name!r} is on them ({state.name if state is not None else 'not started'})"
+    if state.is_completed():
+        return f"run {last.name!r} has completed without them; look at its log and its parameters"
+    if state.is_cancelled():
+        return f"run {last.name!r} was cancelled; start it again by hand, with Retry in its menu"
+    if len(before) >= attempts:
+        return f"{len(before)} runs failed, the last one with: {state.message}; mend this and press Retry"
+    return ""

@@ -246,6 +246,26 @@ def shared(server: LocalServer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def parents_server() -> Iterator[None]:
+    """Let the workers of a flow that is called directly, or by a flow of the user's own, share its parent's server.
+
+    If none is configured, Prefect starts one for the process that calls the flow and tells nobody its address, so each
+    Dask worker would start another, and no task run would be where the flow's is. That server is Prefect's own and asks
+    for no password; use a configured one, or the command, where other people log in.
+    """
+    if has_server():
+        yield
+        return
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with get_client(sync_client=True) as client:  # of the server that the flow's engine has started
+        url = str(client.api_url).rstrip("/")
+    with _environment(LOCAL_SERVER, {"PREFECT_API_URL": url}), temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
+@contextlib.contextmanager
 def _environment(defaults: Mapping[str, str], needed: Mapping[str, str] | None = None) -> Iterator[None]:
     """Set environment variables for the processes started within the block.
 

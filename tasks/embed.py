@@ -393,6 +393,7 @@ def finish_layer(
     name="shard-embedding",
     task_run_name=run_name("embed"),
     cache_policy=NO_CACHE,  # the layer file is the cache: a record that can be gone is none
+    persist_result=False,
     **RETRIES,
 )
 def embed_shards(

@@ -84,6 +84,7 @@ def index_local(shard: Shard, id_col: str) -> tuple[int, Ignored, str]:
     name="index-generation",
     task_run_name=run_name("index"),
     cache_policy=NO_CACHE,  # the index file is the cache
+    persist_result=False,
 )
 def index_shards(shards: Sequence[Shard], id_col: str, span: str = "") -> int | State[int]:
     """Index the shards of a group that lie on a local disk, and check their metadata.

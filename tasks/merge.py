@@ -384,6 +384,7 @@ def _like_the_old(folder: Folder, name: str, path: str) -> None:
     name="metadata-merge",
     task_run_name=run_name("merge"),
     cache_policy=NO_CACHE,  # the merged file's footer says what it was made of
+    persist_result=False,
     **RETRIES,
 )
 def merge_shards(

@@ -145,6 +145,7 @@ def _even(tables: Iterator[pa.Table], schema: pa.Schema, options: MergeOptions, 
     name="metadata-compaction",
     task_run_name=run_name("write", "parts"),
     cache_policy=NO_CACHE,  # a part's footer says what it was made of
+    persist_result=False,
     **RETRIES,
 )
 def write_parts(parts: Sequence[Part], output: str, options: MergeOptions, schema: pa.Schema, span: str = "") -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from .conftest import Prefect
+from .conftest import ROOT, Prefect
 
 pytestmark = pytest.mark.browser
 
@@ -42,6 +43,10 @@ def look(chromium: Any, prefect: Prefect, tmp_path: Path) -> Callable[..., None]
 
     folder = Path(os.environ.get("PICTURES", tmp_path))
 
+    chromium.get(prefect.url)  # the UI asks for the password once, and keeps it like this
+    kept = b64encode(prefect.password.encode()).decode()
+    chromium.execute_script("localStorage.setItem('prefect-password', arguments[0])", kept)
+
     def look(path: str, text: str, picture: str) -> None:
         chromium.get(f"{prefect.url}{path}")
         WebDriverWait(chromium, 30).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
@@ -66,6 +71,7 @@ def test_the_form_starts_a_run(
     assert "JPEG decoding: exact is Pillow's pixels, fast is the GPU's decoder." in said
     fields = {field.get_attribute("value"): field for field in chromium.find_elements(By.TAG_NAME, "textarea")}
     for old, new in {"demo-data": demo_dataset, "smoke-out": tmp_path / "out"}.items():
+        old = str(ROOT / old)
         fields[old].send_keys(Keys.CONTROL, "a")
         fields[old].send_keys(str(new))
     (submit,) = [button for button in chromium.find_elements(By.TAG_NAME, "button") if button.text == "Submit"]
@@ -80,3 +86,10 @@ def test_the_form_starts_a_run(
     sheet = chromium.find_element(By.CSS_SELECTOR, "img[src^='data:image/svg']")
     assert chromium.execute_script("return arguments[0].naturalWidth", sheet) > 1000
     look(f"/artifacts/artifact/{artifacts['quarantine']['id']}", "not_an_image", "prefect-quarantine")
+    look(f"/artifacts/artifact/{artifacts['report']['id']}", "report.html", "prefect-report")
+    chromium.find_element(By.PARTIAL_LINK_TEXT, "report.html").click()
+    WebDriverWait(chromium, 30).until(lambda driver: len(driver.window_handles) > 1 or "Prefect" not in driver.title)
+    chromium.switch_to.window(chromium.window_handles[-1])
+    WebDriverWait(chromium, 30).until(
+        lambda driver: "Norms and spread" in driver.find_element(By.TAG_NAME, "body").text
+    )

@@ -65,7 +65,7 @@ async def task_runs_of(flow_run_name: str) -> list[Any]:
 
 
 async def shown(flow_run_name: str) -> tuple[dict[str, Any], list[str]]:
-    """The artifacts by key and the log of the newest flow run with a name."""
+    """The artifacts by their kind, and the log, of the newest flow run with a name."""
     async with get_client() as client:
         named = FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name]))
         run = sorted(await client.read_flow_runs(flow_run_filter=named), key=lambda run: str(run.created))[-1]
@@ -73,7 +73,7 @@ async def shown(flow_run_name: str) -> tuple[dict[str, Any], list[str]]:
             flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
         )
         logs = await client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
-    return {str(artifact.key): artifact for artifact in artifacts}, [log.message for log in logs]
+    return {str(artifact.key).partition("-")[0]: artifact for artifact in artifacts}, [log.message for log in logs]
 
 
 def task_runs(flow_run_name: str) -> list[Any]:
@@ -85,16 +85,17 @@ def test_runs_and_tasks_say_what_they_do(server: str, demo_dataset: Path, tmp_pa
     names = [run.name for run in task_runs(f"embed demo-data with {TINY}")]
     assert names == [*(f"embed 0000{i}" for i in range(4)), *(f"index 0000{i}" for i in range(4)), "merge 00000–00003"]
     artifacts, logs = asyncio.run(shown(f"embed demo-data with {TINY}"))
-    assert artifacts["progress-demo-data"].data == 100
-    assert artifacts["progress-demo-data"].description.startswith("256 of about 256 images, 4 of 4 shards; ")
-    assert "256 = 254 embedded + 2 quarantined" in artifacts["summary-demo-data"].data
-    assert sum(row["samples"] for row in json.loads(artifacts["shards-demo-data"].data)) == 256
-    assert {row["reason"] for row in json.loads(artifacts["quarantine-demo-data"].data)} == {
+    assert artifacts["progress"].data == 100
+    assert artifacts["progress"].description.startswith("256 of about 256 images, 4 of 4 shards; ")
+    assert "256 = 254 embedded + 2 quarantined" in artifacts["summary"].data
+    assert sum(row["samples"] for row in json.loads(artifacts["shards"].data)) == 256
+    assert {row["reason"] for row in json.loads(artifacts["quarantine"].data)} == {
         "not_an_image",
         "truncated",
     }
-    assert (tmp_path / "out/report.html").as_uri() in artifacts["report-demo-data"].data
-    picture = base64.b64decode(artifacts["pictures-demo-data"].data.partition("base64,")[2])
+    assert artifacts["report"].type == "markdown"
+    assert f"`{(tmp_path / 'out/report.html').as_uri()}`" in artifacts["report"].data
+    picture = base64.b64decode(artifacts["pictures"].data.partition("base64,")[2])
     assert picture.count(b"<image ") == 16 + 1  # the truncated one can be shown, the web page cannot
     groups = [log for log in logs if log.startswith("0000")]
     assert len(groups) == 4

@@ -22,7 +22,7 @@ import s3fs
 
 from embedders import TimmImageEmbedder
 from flows.embed import main
-from flows.sensor import new_shards
+from flows.new_shards import new_shards
 from tasks.shards import find_shards
 from tests.layers import embed_all
 from tests.servers import Proxy, s3_server
