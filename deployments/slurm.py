@@ -79,7 +79,7 @@ def worker_arguments(gpus: int) -> list[str]:
         options |= {"--nthreads": str(TASKS_PER_GPU_WORKER), "--device-memory-limit": "0"}
     else:
         options |= {"--nthreads": str(TASKS_PER_WORKER), "--preload": start.__name__}
-    return [word for option in options.items() for word in option]
+    return ["--no-dashboard", *(word for option in options.items() for word in option)]
 
 
 def parser() -> argparse.ArgumentParser:

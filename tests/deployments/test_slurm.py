@@ -38,6 +38,7 @@ def test_the_job_starts_a_worker_a_gpu(capsys: pytest.CaptureFixture[str], tmp_p
     assert " -m dask_cuda.cli tls://127.0.0.1:" in worker
     assert worker.rindex("--nthreads 3") > worker.index("--nthreads 2")  # the last one counts
     assert worker.rindex("--name $SLURM_JOB_ID") > worker.index("--name dummy-name")
+    assert " --no-dashboard " in worker
     (tmp_path / "job.sh").write_text(script)
     subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
 
@@ -75,12 +76,12 @@ def test_what_is_missing_is_said_in_a_line(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://login:4200/api")
     assert slurm.main(["--shared", str(tmp_path / "none"), "--", "data", "--output", "out"]) == 2
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: --shared {tmp_path}/none: cannot write certificates there (No such file")
     monkeypatch.setenv("PATH", "/nowhere")
     assert slurm.main(["--interface", "lo", "--shared", str(tmp_path), "--", "data", "--output", "out"]) == 2
-    line = capsys.readouterr().err
-    assert line == "error: sbatch is not installed here; run this command on a login node of the cluster\n"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "error: sbatch is not installed here; run this command on a login node of the cluster"
     assert not list(tmp_path.iterdir())
 
 
