@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         parser.error(f"{folder}: {error.strerror}; name a new folder inside an existing one")
     for name, value in as_variables(tls_settings(folder)).items():
-        print(f"export {name}={value}")
+        print(f"export {name}={shlex.quote(value)}")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from embedders.errors import InputError
+from tasks.wording import counted
 
 CHECK_SECONDS = 10.0
 """How often Slurm is asked which jobs it still has."""
@@ -88,6 +89,8 @@ class WorkerJobs:
         Raises:
             InputError: The jobs end before any of their workers does.
         """
+        submitted = f"submitted {counted(self._wanted, 'Slurm job')}"
+        print(f"{submitted}; waiting for the first worker (squeue --me shows the queue)", file=sys.stderr)
         while not self._joined.any.wait(1):
             if self.useless:
                 raise InputError(self.useless)

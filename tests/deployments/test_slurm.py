@@ -18,6 +18,7 @@ import pytest
 
 from deployments import slurm
 from deployments.certificates import main as make_certificates
+from deployments.slurm_jobs import queued_jobs
 from flows.server import prefect_server
 from tests.slurm_daemons import missing_programs
 from tests.slurm_daemons import slurm as slurm_daemons
@@ -202,6 +203,18 @@ def is_whole(printed: str) -> bool:
 
 
 @pytest.mark.slurm
+def test_a_slurm_that_does_not_answer_has_lost_no_job(
+    daemons: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", daemons["SLURM_CONF"])
+    assert queued_jobs() == set()
+    (tmp_path / "slurm.conf").write_text("Nonsense=1\n")  # an unreachable controller is waited for, a minute long
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert queued_jobs() is None
+    assert "squeue does not answer (" in capsys.readouterr().err
+
+
+@pytest.mark.slurm
 def test_a_run_on_two_jobs(recipe: Recipe) -> None:
     """Nobody else can use the ports or read the certificates; the jobs end with the run."""
     process = recipe.start("--nodes", "2", fault="slow:2")
@@ -231,6 +244,7 @@ def test_a_cancelled_job_is_replaced(recipe: Recipe) -> None:
     recipe.wait(lambda: set(recipe.running()) - {first}, process)
     status, out, err = recipe.finish(process)
     assert status == 0, (err, recipe.logs())
+    assert err.startswith("submitted 1 Slurm job; waiting for the first worker (squeue --me shows the queue)\n")
     assert f"Slurm job {first} has ended before the run; submitting another" in err
     assert is_whole(out)
 
