@@ -93,7 +93,7 @@ def dask_cluster_schema() -> Any:
 
 def pods(resources: Resources) -> dict[str, dict[str, Any]]:
     """The specifications of all pods, by what makes them."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, resource in resources.items():
         if resource["kind"] == "DaskCluster":
             found |= {f"{name}/{role}": resource["spec"][role]["spec"] for role in ("worker", "scheduler")}

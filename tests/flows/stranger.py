@@ -73,6 +73,14 @@ def environment(process: int) -> list[str]:
         return []
 
 
+def arguments(process: int, secrets: Sequence[str]) -> list[str]:
+    """Look for secrets in another process's command line, which everybody may read."""
+    with contextlib.suppress(OSError):
+        line = Path(f"/proc/{process}/cmdline").read_bytes()
+        return [f"arguments of {process}: {secret}" for secret in secrets if secret.encode() in line]
+    return []
+
+
 def reach(path: str) -> list[str]:
     """Connect to a Unix socket; "@" stands for the zero byte of one that is in no folder."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -81,7 +89,7 @@ def reach(path: str) -> list[str]:
     return []
 
 
-def files(folder: str, secrets: list[str]) -> list[str]:
+def files(folder: str, secrets: Sequence[str]) -> list[str]:
     """Look for secrets in the files of a folder, and for files and folders that can be changed."""
     found = []
     for parent, folders, names in os.walk(folder):
@@ -113,8 +121,9 @@ async def main(
     found += [what for answers in await asyncio.gather(*calls) for what in answers]
     if os.getuid() == NOBODY:
         found += [what for process in processes for what in environment(process)]
+        found += [what for process in processes for what in arguments(process, secrets)]
         found += [what for path in sockets for what in reach(path)]
-        found += [what for folder in folders for what in files(folder, list(secrets))]
+        found += [what for folder in folders for what in files(folder, secrets)]
     print(json.dumps(found))
 
 

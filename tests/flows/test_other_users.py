@@ -76,7 +76,7 @@ def attack(processes: list[int], temporary: Path) -> list[str]:
 def test_another_user_gets_nothing_of_a_run(store: str, temporary: Path, tmp_path: Path) -> None:
     process = start(store, temporary, tmp_path / "out")
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while not list(tmp_path.glob("out/layers/*/*.parquet")):
             assert process.poll() is None
             assert time.monotonic() < until
