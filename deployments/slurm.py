@@ -13,12 +13,12 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from deployments.certificates import as_variables, tls_settings, write_certificates
-from embedders.errors import InputError
+from embedders.errors import InputError, one_line
 from tasks.own_cluster import CPU_ENVIRONMENT, GPU_ENVIRONMENT
 from tasks.worker import start
 from tasks.worker_count import CORES_PER_WORKER, TASKS_PER_GPU_WORKER, TASKS_PER_WORKER
@@ -36,27 +36,31 @@ def cluster(args: argparse.Namespace, settings: dict[str, str]) -> Any:
         settings: Dask's settings for workers.
 
     Raises:
-        InputError: dask-jobqueue is not installed.
+        InputError: dask-jobqueue is not installed, or --interface or --memory is wrong.
     """
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise InputError("dask-jobqueue is missing: pip install dask-jobqueue") from error
     gpus = [f"--gres=gpu:{args.gpus}"] if args.gpus else []
-    return SLURMCluster(
-        queue=args.partition,
-        cores=args.cpus,
-        processes=args.gpus or max(1, args.cpus // CORES_PER_WORKER),
-        memory=args.memory,
-        walltime=args.time,
-        interface=args.interface,
-        protocol="tls" if args.tls else None,
-        scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-        job_extra_directives=[*gpus, *args.sbatch],
-        job_script_prologue=[*exports(args, settings), *args.prologue],
-        worker_command="dask_cuda.cli" if args.gpus else "distributed.cli.dask_worker",
-        worker_extra_args=worker_arguments(args.gpus),
-    )
+    try:
+        return SLURMCluster(
+            queue=args.partition,
+            cores=args.cpus,
+            processes=args.gpus or max(1, args.cpus // CORES_PER_WORKER),
+            memory=args.memory,
+            walltime=args.time,
+            interface=args.interface,
+            protocol="tls" if args.tls else None,
+            scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            job_extra_directives=[*gpus, *args.sbatch],
+            job_script_prologue=[*exports(args, settings), *args.prologue],
+            worker_command="dask_cuda.cli" if args.gpus else "distributed.cli.dask_worker",
+            worker_extra_args=worker_arguments(args.gpus),
+        )
+    except (ValueError, RuntimeError) as error:
+        why = one_line(error).removeprefix("Cluster failed to start: ")
+        raise InputError(f"the jobs cannot be prepared ({why}); correct --interface or --memory") from error
 
 
 def exports(args: argparse.Namespace, settings: dict[str, str]) -> list[str]:
@@ -82,13 +86,24 @@ def worker_arguments(gpus: int) -> list[str]:
     return ["--no-dashboard", *(word for option in options.items() for word in option)]
 
 
+def count(least: int) -> Callable[[str], int]:
+    """Return what reads a number that may not be less than some other."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"give a number from {least}, not {text!r}")
+        return int(text)
+
+    return read
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog=" ".join(COMMAND), description=(__doc__ or "").splitlines()[0])
     made.add_argument("--partition", help="Slurm partition of the nodes")
-    made.add_argument("--nodes", type=int, default=1, help="number of jobs, one per node")
-    made.add_argument("--gpus", type=int, default=1, help="GPUs per node; 0 for workers on processor cores")
-    made.add_argument("--cpus", type=int, default=16, help="processor cores per node")
+    made.add_argument("--nodes", type=count(1), default=1, help="number of jobs, one per node")
+    made.add_argument("--gpus", type=count(0), default=1, help="GPUs per node; 0 for workers on processor cores")
+    made.add_argument("--cpus", type=count(1), default=16, help="processor cores per node")
     made.add_argument("--memory", default="64GB", help="memory per node")
     made.add_argument("--time", default="24:00:00", help="wall clock limit of a job; a new job follows one that ends")
     made.add_argument("--interface", help="network interface that nodes share, such as ib0")
@@ -141,6 +156,21 @@ def dask_settings(args: argparse.Namespace) -> Iterator[dict[str, str]]:
         yield settings
 
 
+def check_call(words: Sequence[str]) -> None:
+    """Raise InputError if flows.embed does not understand its command line: nobody should queue to learn that."""
+    from cyclopts import CycloptsError
+
+    from flows.cli import app
+    from flows.errors import explain
+
+    try:
+        app.parse_args(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise InputError(f"after --: {explain(error)}") from error
+    if any(word.partition("=")[0] == "--scheduler" for word in words):
+        raise InputError("after --: leave out --scheduler; this command brings its own")
+
+
 def run(args: argparse.Namespace, launcher: tuple[str, ...]) -> int:
     """Start the jobs, run the flow on them, end them; return the exit status of `flows.embed`.
 
@@ -148,6 +178,8 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...]) -> int:
         args: The options of the command line.
         launcher: The words of this command up to `--`, for the command that finishes an unfinished run.
     """
+    if not args.print:
+        check_call(args.embed)
     with dask_settings(args) as settings, cluster(args, settings) as dask_cluster:
         script = dask_cluster.job_script()
         if args.print:

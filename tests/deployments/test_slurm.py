@@ -86,6 +86,43 @@ def test_what_is_missing_is_said_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "call", "said"),
+    [
+        (["--interface", "none0"], ["data", "--output", "out"], "'none0' is not a valid network interface"),
+        (["--memory", "lots"], ["data", "--output", "out"], "Could not interpret 'lots' as a byte unit"),
+        ([], ["data"], "after --: "),
+        ([], ["data", "--output", "out", "--no-such-option"], "after --: "),
+        ([], ["data", "--output", "out", "--batch-size", "0"], "after --: --batch-size"),
+        ([], ["data", "--output", "out", "--scheduler=tcp://a:1"], "after --: leave out --scheduler"),
+    ],
+)
+def test_a_wrong_call_submits_nothing(
+    options: list[str],
+    call: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://login:4200/api")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.main(["--interface", "lo", *options, "--shared", str(tmp_path), "--", *call]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--nodes=0", "--cpus=0", "--gpus=-1", "--nodes=many"):
+        with pytest.raises(SystemExit, match="2"):
+            slurm.main(["--print", option])
+        name, value = option.split("=")
+        assert f"argument {name}: give a number from" in (line := capsys.readouterr().err)
+        assert repr(value) in line
+
+
 def test_certificates_are_for_their_owner_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tmp_path / "tls"
     before = os.umask(0)
