@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -42,6 +43,7 @@ def cluster(args: argparse.Namespace, settings: dict[str, str]) -> Any:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise InputError("dask-jobqueue is missing: pip install dask-jobqueue") from error
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # silence_logs misses Prefect's handlers
     gpus = [f"--gres=gpu:{args.gpus}"] if args.gpus else []
     try:
         return SLURMCluster(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prefect.main  # noqa: F401  # reads Prefect's settings before a test names a server that is none
 import psutil
 import pytest
 
