@@ -58,6 +58,13 @@ fuzz: $(STAMP)  ## fuzz the reading of tars for four minutes; ARGS=-max_total_ti
 deployed: $(STAMP)  ## run the tests of the deployments on a server of their own, with SQLite and PostgreSQL
 	@$(BIN)/python -m pytest -m deployed $(ARGS)
 
+# Debian's packages; the test starts and ends the daemons itself.
+.PHONY: slurm
+slurm: $(STAMP)  ## run the Slurm recipe on a real Slurm on loopback; needs root, installs slurm-wlm and munge if missing
+	@PATH="$$PATH:/usr/sbin"; command -v munged slurmctld slurmd >/dev/null || { \
+	    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	@$(BIN)/python -m pytest -m slurm $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP)  ## run every code block of the README and docs/
 	@$(BIN)/python -m pytest -m slow tests/test_docs.py $(ARGS)

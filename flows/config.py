@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -33,6 +36,24 @@ class OnError(enum.StrEnum):
     """It stays, with a null in place of its vector, and is listed in quarantine."""
     RAISE = "raise"
     """Its whole shard fails."""
+
+
+_COMMAND = ("python", "-m", "flows.embed")
+_launcher: ContextVar[tuple[str, ...]] = ContextVar("launcher", default=_COMMAND)
+
+
+@contextlib.contextmanager
+def started_by(launcher: tuple[str, ...]) -> Iterator[None]:
+    """Within the block, name another command as the one that finishes a run: it brings a scheduler of its own.
+
+    Args:
+        launcher: The words in front of the command line of flows.embed.
+    """
+    token = _launcher.set(launcher)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
 
 
 _PERCENT = re.compile(r"[0-9]{1,3}([.][0-9]+)?%")
@@ -228,10 +249,12 @@ class EmbedConfig(RunOptions, TableOptions, ImageOptions, ModelOptions):
 
     def command(self) -> str:
         """The command line that asks for this run, quoted for a shell."""
-        words = ["python", "-m", "flows.embed", self.dataset, "--output", self.output]
+        launcher = _launcher.get()
+        left_out = {"dataset", "output"} if launcher == _COMMAND else {"dataset", "output", "scheduler"}
+        words = [*launcher, self.dataset, "--output", self.output]
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), name.replace("_", "-")
-            if name in {"dataset", "output"} or value == field.default:
+            if name in left_out or value == field.default:
                 continue
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")

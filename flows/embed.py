@@ -455,7 +455,7 @@ def _on_the_cluster(
 
     tasks = TasksInFlight(runner, config.worker_timeout, progress.note)
     size = guess(work.images, len(work.plan.to_embed), device != "cpu")
-    submission = Submission(tasks, work.plan, options, size, embedded, failures)
+    submission = Submission(tasks, work.plan, options, size, embedded, failures, deciders=found.with_gpu)
     submission.embed_all()
     plan = _plan_again(work, config)
     alone = [shard for shard in plan.to_embed if shard.name in failures and failures[shard.name].alone]
@@ -487,7 +487,7 @@ def choose_device_on(cluster: Cluster, asked: str) -> str:
     """
     if asked == "cpu":
         return "cpu"
-    if asked == "gpu" and not cluster.gpus:
+    if asked == "gpu" and not cluster.with_gpu:
         raise InputError("--device gpu: no worker of this scheduler has a GPU; start some with: dask cuda worker")
     return cluster.device
 

@@ -7,15 +7,17 @@ of the groups that follow.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
+from embedders.decision import Decision
 from embedders.recipe import Recipe
 from flows.tasks_in_flight import Ended, TasksInFlight
 from tasks.dataset.even_files import Part, write_parts
@@ -76,6 +78,7 @@ class Submission:
         embedded: Called with the shards of a group, and their records of the first layer, once they are embedded.
         failures: Why shards failed, by name; the submission adds to it.
         stages: The tasks of a group.
+        deciders: Addresses of the workers that may measure what all of them do; empty for any.
     """
 
     tasks: TasksInFlight
@@ -85,9 +88,10 @@ class Submission:
     embedded: Callable[[Sequence[Shard], Sequence[LayerRecord]], None]
     failures: dict[str, ShardFailure]
     stages: Stages = STAGES
+    deciders: Sequence[str] = ()
     _groups: dict[Any, Group] = field(default_factory=dict)
-    _decisions: dict[str, Any] = field(default_factory=dict)
-    """What was decided for a pass, or the future of the task that decides, by the sources of its recipes."""
+    _decisions: dict[str, Decision | None] = field(default_factory=dict)
+    _deciding: dict[Any, str] = field(default_factory=dict)
     _records: dict[str, dict[str, LayerRecord]] = field(default_factory=dict)
     _columns: dict[str, LayerRecord] = field(default_factory=dict)
     _merge_options: MergeOptions | None = None
@@ -99,9 +103,9 @@ class Submission:
             ClusterLost: There is no cluster any more.
         """
         left = deque((recipes, deque(shards)) for recipes, shards in embedding_jobs(self.plan))
-        while left or self._groups:
+        while left or self._groups or self._deciding:
             began, submitted = time.monotonic(), False
-            if left and self._embedding() < self.tasks.threads + AHEAD * self.tasks.workers:
+            if left and self._may_embed(*left[0]):
                 recipes, shards = left[0]
                 count = self.size.next(len(shards), self.tasks.threads)
                 self._embed(Group(tuple(shards.popleft() for _ in range(min(count, len(shards)))), recipes))
@@ -139,7 +143,7 @@ class Submission:
             self.failures.pop(shard.name, None)
         left = deque(Group((shard,), recipes) for shard in shards for recipes in together)
         while left or self._groups:
-            while left:
+            while left and self._is_decided(left[0].recipes, left[0].shards):
                 self._embed(left.popleft())
             left.extend(self._wait())
 
@@ -174,8 +178,28 @@ class Submission:
 
     # --- one group ----------------------------------------------------------------------------------------------------
 
-    def _embedding(self) -> int:
-        return sum(bool(group.recipes) for group in self._groups.values())
+    def _may_embed(self, recipes: tuple[Recipe, ...], shards: Collection[Shard]) -> bool:
+        """Return whether it is decided how a pass computes, and the cluster has room for another group."""
+        embedding = sum(bool(group.recipes) for group in self._groups.values())
+        room = embedding < self.tasks.threads + AHEAD * self.tasks.workers
+        return self._is_decided(recipes, shards) and room
+
+    def _is_decided(self, recipes: tuple[Recipe, ...], shards: Collection[Shard]) -> bool:
+        """Return whether decoder and batch size of a pass are decided; if nothing is known yet, have them measured.
+
+        They are those of the shards that are done, if there are any. On a CPU nothing depends on measuring.
+        """
+        name = _sources(recipes)
+        if name in self._decisions:
+            return True
+        kept = kept_decision(self.plan, recipes)
+        if kept is not None or self.options.device == "cpu":
+            self._decisions[name] = kept
+        elif name not in self._deciding.values():
+            some = tuple(itertools.islice(shards, TRIES))
+            parameters = {"shards": some, "recipes": recipes, "options": self.options}
+            self._deciding[self.tasks.submit(self.stages.decide, parameters, workers=self.deciders)] = name
+        return name in self._decisions
 
     def _embed(self, group: Group) -> None:
         """Submit the index task of a group, if it has one, and its embedding, which follows it."""
@@ -185,29 +209,8 @@ class Submission:
         if recipes[0].embedder.use_index_files and shards[0].source.is_local:
             indexed = [self.tasks.submit(self.stages.index, {"shards": shards, "id_col": self.options.id_col})]
         parameters = {"shards": shards, "recipes": recipes, "options": self.options}
-        parameters |= {"decision": self._decision(group)}
+        parameters |= {"decision": self._decisions[_sources(recipes)]}
         self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
-
-    def _decision(self, group: Group) -> Any:
-        """Return the decoder and the batch size of a pass: as shards that are done have them, or as they are measured.
-
-        On a CPU nothing depends on measuring.
-        """
-        name = _sources(group)
-        if name not in self._decisions:
-            kept = kept_decision(self.plan, group.recipes)
-            if kept is None and self.options.device != "cpu":
-                parameters = {"shards": group.shards[:TRIES], "recipes": group.recipes, "options": self.options}
-                kept = self.tasks.submit(self.stages.decide, parameters)
-            self._decisions[name] = kept
-        return self._decisions[name]
-
-    def _decided(self, ended: Ended) -> None:
-        """Take a decision; one that was lost is made again for the groups that follow."""
-        for name in [name for name, decision in self._decisions.items() if decision is ended.future]:
-            self._decisions[name] = ended.result
-            if ended.lost:
-                del self._decisions[name]
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         there: frozenset[str] = frozenset()
@@ -224,8 +227,9 @@ class Submission:
         """Take what has come of a task; return its group if nobody knows, so that it has to be done again."""
         group = self._groups.pop(ended.future, None)
         try:
+            if (name := self._deciding.pop(ended.future, None)) is not None and not ended.lost:
+                self._decisions[name] = ended.result  # None if that failed: then each worker decides for itself
             if group is None:  # of an index task its embedding tells
-                self._decided(ended)
                 return None
             if ended.lost:
                 return group
@@ -288,6 +292,6 @@ class Submission:
         return replace(self.plan.options, columns=tuple(merged_columns(layers)))
 
 
-def _sources(group: Group) -> str:
-    """Return what the passes of one model, or of the same models together, have in common."""
-    return " ".join(sorted({recipe.source for recipe in group.recipes}))
+def _sources(recipes: Sequence[Recipe]) -> str:
+    """Return what passes of one model, or of the same models together, have in common."""
+    return " ".join(sorted({recipe.source for recipe in recipes}))

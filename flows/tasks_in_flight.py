@@ -67,7 +67,14 @@ class TasksInFlight:
     def __len__(self) -> int:
         return len(self._in_flight)
 
-    def submit(self, task: Any, parameters: dict[str, Any], wait_for: Sequence[Any] = (), priority: int = 0) -> Any:
+    def submit(
+        self,
+        task: Any,
+        parameters: dict[str, Any],
+        wait_for: Sequence[Any] = (),
+        priority: int = 0,
+        workers: Sequence[str] = (),
+    ) -> Any:
         """Submit a Prefect task and return its future.
 
         Args:
@@ -75,6 +82,7 @@ class TasksInFlight:
             parameters: Its arguments; a future among them stands for its result.
             wait_for: Futures of the tasks that it follows.
             priority: Tasks of a higher one go first.
+            workers: Addresses of those that may do it, as long as one of them is there; empty for any.
         """
         from prefect_dask.task_runners import PrefectDaskFuture
 
@@ -86,6 +94,8 @@ class TasksInFlight:
             wait_for=[future.wrapped_future for future in wait_for],
             return_type="state",
             priority=priority,
+            workers=list(workers) or None,
+            allow_other_workers=bool(workers),
             pure=False,
         )
         future: Any = PrefectDaskFuture(wrapped_future=dask_future, task_run_id=dask_future.task_run_id)

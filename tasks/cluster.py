@@ -20,17 +20,17 @@ class Cluster:
     Attributes:
         workers: Worker processes.
         threads: Tasks that all of them together run at once.
-        gpus: Workers with a GPU.
+        with_gpu: The addresses of the workers that have a GPU.
     """
 
     workers: int
     threads: int
-    gpus: int = 0
+    with_gpu: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
         """Return what its workers compute on: "cuda" or "cpu", or "auto" where some have a GPU and others do not."""
-        return "cpu" if not self.gpus else "cuda" if self.gpus == self.workers else "auto"
+        return "cpu" if not self.with_gpu else "cuda" if len(self.with_gpu) == self.workers else "auto"
 
 
 def describe(client: Any) -> Cluster:
@@ -41,7 +41,8 @@ def describe(client: Any) -> Cluster:
     """
     gpus: Mapping[str, int] = client.run(count_gpus)
     threads: Mapping[str, int] = client.nthreads()
-    return Cluster(len(gpus), sum(threads.get(address, 1) for address in gpus), sum(map(bool, gpus.values())))
+    with_gpu = tuple(address for address, found in gpus.items() if found)
+    return Cluster(len(gpus), sum(threads.get(address, 1) for address in gpus), with_gpu)
 
 
 def count(client: Any) -> tuple[int, int] | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.flows import load_flow_from_entrypoint
 
-from deployments import slurm
 from deployments.automations import OURS, zombies
 from deployments.declared import DECLARED, FLOWS, declared
 from deployments.serve import deployments
@@ -104,25 +102,3 @@ def test_the_form_has_groups_descriptions_limits_and_choices() -> None:
     assert [name for name, option in options.items() if not option.get("description")] == []
     assert options["decode"]["enum"] == ["auto", "exact", "fast"]
     assert options["max_pixels"]["minimum"] == 1
-
-
-def test_the_slurm_job_starts_a_worker_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    asked = ["--print", "--partition", "gpu", "--gpus", "8", "--sbatch=--account=me", "--interface", "lo"]
-    assert slurm.main(asked) == 0
-    script = capsys.readouterr().out
-    expected = {"#SBATCH -p gpu", "#SBATCH --gres=gpu:8", "#SBATCH --account=me"}
-    assert expected | {"export CUDA_DEVICE_MAX_CONNECTIONS=32"} <= set(script.splitlines())
-    worker = script.strip().splitlines()[-1]
-    assert " -m dask_cuda.cli tcp://127.0.0.1:" in worker
-    assert worker.rindex("--nthreads 3") > worker.index("--nthreads 16")  # the last one counts
-    (tmp_path / "job.sh").write_text(script)
-    subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
-
-
-def test_slurm_needs_a_server_that_nodes_reach(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with pytest.raises(SystemExit, match="2"):
-        slurm.main(["--", "data", "--output", "out"])
-    assert "set PREFECT_API_URL to a Prefect server" in capsys.readouterr().err

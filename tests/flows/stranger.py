@@ -1,6 +1,7 @@
-"""What another user of the machine may try on the ports of a run; run by path, prints as JSON what worked.
+"""What another user of the machine may try on a run; run by path, prints as JSON what worked.
 
-Takes the ports, and the ids of the processes whose environment may hold secrets, as two JSON lists.
+Takes as JSON lists the ports, the ids of the processes whose environment may hold secrets, and, if there are any, Unix
+sockets, the temporary folders, and what no file in them may show.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import contextlib
 import http.client
 import json
 import os
+import socket
+import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +58,9 @@ def listen(port: int) -> list[str]:
     wrong = json.dumps({"type": "auth", "token": "wrong"})
     protocol: Any = ["prefect"]
     address = f"ws://127.0.0.1:{port}/api/events/out"
-    with contextlib.suppress(Exception), connect(address, subprotocols=protocol, open_timeout=3) as socket:
-        socket.send(wrong)
-        if "auth_success" in str(socket.recv(3)):
+    with contextlib.suppress(Exception), connect(address, subprotocols=protocol, open_timeout=3) as events:
+        events.send(wrong)
+        if "auth_success" in str(events.recv(3)):
             return [f"{port}: events"]
     return []
 
@@ -69,7 +73,43 @@ def environment(process: int) -> list[str]:
         return []
 
 
-async def main(ports: list[int], processes: list[int]) -> None:
+def arguments(process: int, secrets: Sequence[str]) -> list[str]:
+    """Look for secrets in another process's command line, which everybody may read."""
+    with contextlib.suppress(OSError):
+        line = Path(f"/proc/{process}/cmdline").read_bytes()
+        return [f"arguments of {process}: {secret}" for secret in secrets if secret.encode() in line]
+    return []
+
+
+def reach(path: str) -> list[str]:
+    """Connect to a Unix socket; "@" stands for the zero byte of one that is in no folder."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path.replace("@", "\0", 1) if path.startswith("@") else path)
+        return [f"socket {path}"]
+    return []
+
+
+def files(folder: str, secrets: Sequence[str]) -> list[str]:
+    """Look for secrets in the files of a folder, and for files and folders that can be changed."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in [*folders, *names]):
+            with contextlib.suppress(OSError):
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISLNK(mode) and os.access(path, os.W_OK):
+                    found.append(f"{path}: can be changed")
+                text = Path(path).read_bytes() if stat.S_ISREG(mode) else b""
+                found += [f"{path}: shows {secret}" for secret in secrets if secret.encode() in text]
+    return found
+
+
+async def main(
+    ports: list[int],
+    processes: list[int],
+    sockets: Sequence[str] = (),
+    folders: Sequence[str] = (),
+    secrets: Sequence[str] = (),
+) -> None:
     """Try everything."""
     own = Security.temporary()  # certificates, but of another authority
     if os.getuid() == 0:
@@ -81,6 +121,9 @@ async def main(ports: list[int], processes: list[int]) -> None:
     found += [what for answers in await asyncio.gather(*calls) for what in answers]
     if os.getuid() == NOBODY:
         found += [what for process in processes for what in environment(process)]
+        found += [what for process in processes for what in arguments(process, secrets)]
+        found += [what for path in sockets for what in reach(path)]
+        found += [what for folder in folders for what in files(folder, secrets)]
     print(json.dumps(found))
 
 
