@@ -200,7 +200,8 @@ def _one_turn(folder: Folder, lease: Lease, write: Callable[[], T]) -> tuple[T, 
             result = write()
             ours = _holds(folder, TURN, lease) and not lost.is_set()
         for ticket in tickets if ours else ():
-            folder.remove(ticket)
+            with contextlib.suppress(OSError):  # its part writes an account of its own then
+                folder.remove(ticket)
         return result, ours
     finally:
         _give_back(folder, TURN, lease, [])

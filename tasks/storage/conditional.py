@@ -63,6 +63,18 @@ def create(folder: Folder, name: str, text: str) -> bool:
     return True
 
 
+def agree(folder: Folder, name: str, text: str) -> str:
+    """Return the text that the first of several processes wrote to a file, which may be this one.
+
+    Example:
+        >>> agree(Folder("out"), "decoder.txt", "fast")  # another part of the run was first
+        'exact'
+    """
+    create(folder, name, text)
+    there = folder.read_text(name)
+    return text if there is None else there
+
+
 def _create_unless_there(folder: Folder, name: str, text: str) -> bool:
     """Do the same in a store without conditions, in two steps."""
     if folder.has(name):

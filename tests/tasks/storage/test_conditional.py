@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import s3fs
 
-from tasks.storage.conditional import ChangedMeanwhile, create, replace, version_of
+from tasks.storage.conditional import ChangedMeanwhile, agree, create, replace, version_of
 from tasks.storage.folder import Folder
 from tests.servers import s3_server
 
@@ -92,6 +92,11 @@ def test_a_store_compares_versions(store: Folder) -> None:
     with pytest.raises(ChangedMeanwhile):
         replace(store, "file", "5", after)
     assert replace(store, "file", "6", None) == version_of(store, "file")
+
+
+def test_all_agree_on_what_the_first_one_wrote(store: Folder, tmp_path: Path) -> None:
+    for folder in (store, Folder(str(tmp_path))):
+        assert [agree(folder, "agreed", text) for text in ("exact", "fast", "exact")] == ["exact"] * 3
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
