@@ -21,7 +21,7 @@ from embedders.decision import Decision
 from embedders.recipe import Recipe
 from flows.tasks_in_flight import Ended, TasksInFlight
 from tasks.dataset.even_files import Part, write_parts
-from tasks.decide import TRIES, decide, kept_decision
+from tasks.decide import TRIES, agreed, decide, kept_decision
 from tasks.embed import EmbedOptions, Records, embed_shards
 from tasks.group_size import SECONDS_OF_A_MERGE, GroupSize
 from tasks.index import index_shards
@@ -91,7 +91,7 @@ class Submission:
     deciders: Sequence[str] = ()
     _groups: dict[Any, Group] = field(default_factory=dict)
     _decisions: dict[str, Decision | None] = field(default_factory=dict)
-    _deciding: dict[Any, str] = field(default_factory=dict)
+    _deciding: dict[Any, tuple[Recipe, ...]] = field(default_factory=dict)
     _records: dict[str, dict[str, LayerRecord]] = field(default_factory=dict)
     _columns: dict[str, LayerRecord] = field(default_factory=dict)
     _merge_options: MergeOptions | None = None
@@ -195,10 +195,10 @@ class Submission:
         kept = kept_decision(self.plan, recipes)
         if kept is not None or self.options.device == "cpu":
             self._decisions[name] = kept
-        elif name not in self._deciding.values():
+        elif name not in map(_sources, self._deciding.values()):
             some = tuple(itertools.islice(shards, TRIES))
             parameters = {"shards": some, "recipes": recipes, "options": self.options}
-            self._deciding[self.tasks.submit(self.stages.decide, parameters, workers=self.deciders)] = name
+            self._deciding[self.tasks.submit(self.stages.decide, parameters, workers=self.deciders)] = recipes
         return name in self._decisions
 
     def _embed(self, group: Group) -> None:
@@ -211,6 +211,12 @@ class Submission:
         parameters = {"shards": shards, "recipes": recipes, "options": self.options}
         parameters |= {"decision": self._decisions[_sources(recipes)]}
         self._groups[self.tasks.submit(self.stages.embed, parameters, indexed)] = group
+
+    def _decided(self, recipes: tuple[Recipe, ...], decision: Decision | None) -> None:
+        """Take a decision; it is None if that failed, and then each worker decides for itself."""
+        if decision is not None and self.plan.part is not None:
+            decision = agreed(decision, self.plan, recipes)
+        self._decisions[_sources(recipes)] = decision
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         there: frozenset[str] = frozenset()
@@ -227,8 +233,8 @@ class Submission:
         """Take what has come of a task; return its group if nobody knows, so that it has to be done again."""
         group = self._groups.pop(ended.future, None)
         try:
-            if (name := self._deciding.pop(ended.future, None)) is not None and not ended.lost:
-                self._decisions[name] = ended.result  # None if that failed: then each worker decides for itself
+            if (decided := self._deciding.pop(ended.future, None)) is not None and not ended.lost:
+                self._decided(decided, ended.result)
             if group is None:  # of an index task its embedding tells
                 return None
             if ended.lost:

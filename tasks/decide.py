@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from embedders.decision import Decision
 from embedders.errors import one_line
+from embedders.fingerprint import digest
 from embedders.recipe import Recipe
 from embedders.tar import map_tar
 from embedders.webdataset import OpenShard, describe
@@ -18,6 +21,7 @@ from tasks.embed import EmbedOptions, resolve_device, run_watched, unmap
 from tasks.index import index_tar
 from tasks.plan import Plan
 from tasks.shards import Shard, check_unchanged
+from tasks.storage.conditional import agree
 from tasks.storage.download_ahead import Stage
 from tasks.worker.hang_detection import Held, Limit, Step, watch
 from tasks.worker.shared_engine import SharedEngine, decide_engine, shared_engine
@@ -44,6 +48,20 @@ def kept_decision(plan: Plan, recipes: Sequence[Recipe]) -> Decision | None:
     records = [record for layer in plan.layers if layer.name in layers for record in layer.records.values()]
     decisions = Counter(Decision(it.decoder, it.batch_size) for it in records if it.batch_size)
     return decisions.most_common(1)[0][0] if decisions else None
+
+
+def agreed(decision: Decision, plan: Plan, recipes: Sequence[Recipe]) -> Decision:
+    """Return what the first of several parts of a run has decided, which may be this one.
+
+    Args:
+        decision: What this one has measured.
+        plan: What this part does.
+        recipes: What is computed in one pass.
+    """
+    names = digest(sorted(recipe.digest for recipe in recipes))
+    file = f"layers/{recipes[0].layer}/.decision-{names}.json"
+    said = json.loads(agree(plan.shards[0].target, file, json.dumps(asdict(decision))))
+    return Decision(**said)
 
 
 def decide_here(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> Decision | None:

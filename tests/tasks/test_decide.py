@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from distributed import Client, LocalCluster
 from embedders import TimmImageEmbedder
 from embedders.decision import Decision
 from embedders.recipe import recipes_of
-from tasks.decide import Undecided, decide_here, kept_decision
+from tasks.decide import Undecided, agreed, decide_here, kept_decision
 from tasks.embed import EmbedOptions, Records, embed_group
 from tasks.records import LayerRecord
+from tasks.run_part import RunPart
 from tasks.shards import Shard, find_shards
 from tasks.storage.folder import Folder
 from tests.layers import LAYER, Nothing, layer_record, plan_of
@@ -185,3 +187,11 @@ def test_of_a_store_one_tar_is_fetched_and_not_kept(
     assert fetched == ["0.tar"]
     assert list((tmp_path / "scratch").rglob("*.tar")) == []
     assert Folder("memory://decide/out").list("") == []
+
+
+def test_parts_of_a_run_take_what_the_first_one_measured(shards: list[Shard], notes: str) -> None:
+    recipes = recipes_of(Measuring(notes))
+    plans = [replace(plan_of(shards, Measuring(notes)), part=RunPart(number, 2)) for number in range(2)]
+    assert agreed(FAST, plans[0], recipes) == FAST
+    assert agreed(EXACT, plans[1], recipes) == FAST
+    assert agreed(EXACT, plans[1], recipes_of(Nothing())) == EXACT
