@@ -190,12 +190,12 @@ class Submission:
         They are those of the shards that are done, if there are any. On a CPU nothing depends on measuring.
         """
         name = _sources(recipes)
-        if name in self._decisions:
-            return True
+        if name in self._decisions or name in map(_sources, self._deciding.values()):
+            return name in self._decisions
         kept = kept_decision(self.plan, recipes)
         if kept is not None or self.options.device == "cpu":
             self._decisions[name] = kept
-        elif name not in map(_sources, self._deciding.values()):
+        else:
             some = tuple(itertools.islice(shards, TRIES))
             parameters = {"shards": some, "recipes": recipes, "options": self.options}
             self._deciding[self.tasks.submit(self.stages.decide, parameters, workers=self.deciders)] = recipes
