@@ -15,6 +15,8 @@ from tasks.wording import counted
 
 CHECK_SECONDS = 10.0
 """How often Slurm is asked which jobs it still has."""
+SQUEUE_SECONDS = 30.0
+"""How long the answer may take; the end of a run may have to wait for it."""
 JOBS_IN_VAIN = 5
 """Jobs in a row that may end before a worker of theirs has reached the scheduler. Whatever is wrong with them is then
 wrong with all, and no more are submitted."""
@@ -151,9 +153,11 @@ def submit(script: str) -> str:
 def queued_jobs() -> set[str] | None:
     """Return the ids of this user's jobs that are pending, running or ending; None if Slurm does not answer."""
     command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%A"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"squeue does not answer ({' '.join(done.stderr.split())}); trying again", file=sys.stderr)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        why = " ".join((error.stderr or "").split()) if isinstance(error, subprocess.CalledProcessError) else "too slow"
+        print(f"squeue does not answer ({why}); trying again", file=sys.stderr)
         return None
     return set(done.stdout.split())
 

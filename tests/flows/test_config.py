@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.cli import app
-from flows.config import GROUPS, SWITCHED_OFF, EmbedConfig
+from flows.config import GROUPS, SWITCHED_OFF, EmbedConfig, started_by
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,15 @@ def test_the_command_of_a_run_asks_for_that_run(options: dict[str, Any]) -> None
     asked = EmbedConfig.of(bound.arguments["dataset"], bound.arguments["output"], *groups)
     assert asked == config
     assert EmbedConfig.of(config.dataset, config.output, *config.groups().values()) == config
+
+
+def test_a_recipe_that_brings_a_scheduler_is_named_instead() -> None:
+    """What finishes the run is the recipe's command; the address of its scheduler is of no use any more."""
+    config = EmbedConfig(dataset="/data", output="/out", scheduler="tls://10.0.0.1:1", batch_size=7)
+    with started_by(("python", "-m", "deployments.slurm", "--sbatch=--comment=a b", "--")):
+        said = config.command()
+    assert said == "python -m deployments.slurm '--sbatch=--comment=a b' -- /data --output /out --batch-size 7"
+    assert "--scheduler tls://10.0.0.1:1" in config.command()
 
 
 def test_a_limit_of_the_quarantine_is_a_share() -> None:
