@@ -144,7 +144,8 @@ def _server(home: Home, port: int, environment: dict[str, str]) -> str:
         if free != port:
             print(f"port {port} belongs to another process; this server takes {free}")
         command = ["prefect", "server", "start", "--host", LOOPBACK, "--port", str(free)]
-        home.start("server", command, environment)
+        api = {"PREFECT_API_URL": f"http://{LOOPBACK}:{free}/api"}  # the pages of its UI ask there
+        home.start("server", command, environment | api)
     until = time.monotonic() + START_SECONDS
     while True:
         # The port is the one that our process listens on, whoever listens elsewhere: our password goes nowhere else.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from tasks.storage.folder import FileInfo, Folder
 
 
-def new_shards(dataset: str, output: str, in_place: bool = False) -> Sequence[FileInfo]:
+def new_shards(dataset: str, output: str, merged: bool = True) -> Sequence[FileInfo]:
     """Return the tars of a dataset that an output lacks a file of: of some layer, or of the merged dataset.
 
     Args:
         dataset: Folder or fsspec URL with the .tar shards.
         output: Folder or fsspec URL of the output.
-        in_place: The merged dataset is the Parquets beside the tars, whose names tell nothing.
+        merged: Look for the merged files too. Where the dataset is merged in place, their names tell nothing.
 
     Raises:
         InputError: The dataset cannot be listed.
@@ -23,7 +23,7 @@ def new_shards(dataset: str, output: str, in_place: bool = False) -> Sequence[Fi
         layer, _, shard = name.partition("/")
         layers.setdefault(layer, set()).add(shard)
     done = set.intersection(*layers.values()) if layers else set()
-    if done and not in_place:
+    if done and merged:
         done &= _names(output, "merged") or _names(output, "metadata")  # with --rows-per-file, or without
     return [tar for tar in Folder(dataset).list(".tar") if tar.name.removesuffix(".tar") not in done]
 

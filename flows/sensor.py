@@ -52,7 +52,7 @@ def start_for_new_shards(
     """
     logger, manifest = get_run_logger(), manifest_of(output, dataset)
     in_place = ((parameters or {}).get("table") or {}).get("in_place", manifest is not None and is_in_place(manifest))
-    new = new_shards(dataset, output, in_place)
+    new = new_shards(dataset, output, merged=not in_place)
     if not new:
         logger.info("no new shards in %s", dataset)
         return 0

@@ -1,4 +1,4 @@
-"""Say what is kept of a run that was cancelled or has crashed, since its flow can no longer say so."""
+"""Say what is kept of a deployment's run that was cancelled or has crashed, since its flow can no longer say so."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def note_what_is_kept(flow: Any, flow_run: Any, state: Any) -> None:
         state: Its state, such as Cancelling or Crashed.
     """
     dataset, output = flow_run.parameters.get("dataset"), flow_run.parameters.get("output")
-    if not (dataset and output):
-        return
-    in_place = (flow_run.parameters.get("table") or {}).get("in_place", False)
-    shards, left = len(Folder(dataset).list(".tar")), len(new_shards(dataset, output, in_place))
+    if flow_run.deployment_id is None or not (dataset and output):
+        return  # who called the flow in a process of its own learns it there
+    shards, left = len(Folder(dataset).list(".tar")), len(new_shards(dataset, output, merged=False))
     what = "Cancelled" if state.is_cancelling() or state.is_cancelled() else "Crashed"
-    kept = f"{shards - left:,} of {counted(shards, 'shard')} done and kept"
+    kept = f"{shards - left:,} of {counted(shards, 'shard')} embedded and kept"
     flow_run_logger(flow_run, flow).info("%s: %s; Retry does only the rest", what.lower(), kept)
     page = f"## {what}\n\n{kept[0].upper()}{kept[1:]} in `{output}`. Retry, or another run, does only the rest."
     with get_client(sync_client=True) as client:

@@ -49,8 +49,8 @@ def look(chromium: Any, prefect: Prefect, tmp_path: Path) -> Callable[..., None]
 
     def look(path: str, text: str, picture: str) -> None:
         chromium.get(f"{prefect.url}{path}")
-        WebDriverWait(chromium, 30).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
-        time.sleep(1)  # what slides in has arrived
+        WebDriverWait(chromium, 90).until(lambda driver: text in driver.find_element(By.TAG_NAME, "body").text)
+        time.sleep(3)  # what slides in has arrived, and what is typed is taken
         chromium.save_screenshot(str(tmp_path / "page.png"))
         with Image.open(tmp_path / "page.png") as page:
             page.convert("RGB").save(folder / f"{picture}.webp", quality=80)
@@ -76,7 +76,7 @@ def test_the_form_starts_a_run(
         fields[old].send_keys(str(new))
     (submit,) = [button for button in chromium.find_elements(By.TAG_NAME, "button") if button.text == "Submit"]
     chromium.execute_script("arguments[0].click()", submit)
-    run = prefect.ended(WebDriverWait(chromium, 30).until(lambda _: prefect.runs("embed"))[0]["id"])
+    run = prefect.ended(WebDriverWait(chromium, 90).until(lambda _: prefect.runs("embed"))[0]["id"])
     assert run["parameters"]["dataset"] == str(demo_dataset)
     assert run["state_type"] == "COMPLETED", run["state"]
     look(f"/runs/flow-run/{run['id']}", "64 images in", "prefect-run")
@@ -88,8 +88,8 @@ def test_the_form_starts_a_run(
     look(f"/artifacts/artifact/{artifacts['quarantine']['id']}", "not_an_image", "prefect-quarantine")
     look(f"/artifacts/artifact/{artifacts['report']['id']}", "report.html", "prefect-report")
     chromium.find_element(By.PARTIAL_LINK_TEXT, "report.html").click()
-    WebDriverWait(chromium, 30).until(lambda driver: len(driver.window_handles) > 1 or "Prefect" not in driver.title)
+    WebDriverWait(chromium, 90).until(lambda driver: len(driver.window_handles) > 1 or "Prefect" not in driver.title)
     chromium.switch_to.window(chromium.window_handles[-1])
-    WebDriverWait(chromium, 30).until(
+    WebDriverWait(chromium, 90).until(
         lambda driver: "Norms and spread" in driver.find_element(By.TAG_NAME, "body").text
     )

@@ -49,7 +49,7 @@ def test_new_shards_are_embedded_as_the_old_ones(
     found = parameters_of(manifest)
     groups = [kind.model_validate(found.get(name, {})) for name, kind in GROUPS.items()]
     assert not prepare(EmbedConfig.of(dataset, output, *groups)).anything
-    assert not new_shards(dataset, output, bool(options.get("in_place")))
+    assert not new_shards(dataset, output, merged="in_place" not in options)
 
 
 def test_what_was_embedded_and_not_merged_is_new(server: str, one_shard: Path, tmp_path: Path) -> None:
