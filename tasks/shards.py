@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from embedders.errors import InputError
 from embedders.samples import KeyDot, image_extensions
-from tasks.storage.folder import Folder, in_bulk
+from tasks.storage.folder import FileInfo, Folder, in_bulk
 
 UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d --rm FILE", ".tar.xz": "unxz FILE"}
 """Compressed tars, and what unpacks them."""
@@ -19,7 +19,7 @@ WRITTEN = ("index", "layers", "merged", "metadata", "quarantine", "unmatched")
 """The folders of an output that hold a file per shard."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending.
 
@@ -55,6 +55,12 @@ class Shard:
     def metadata(self) -> str | None:
         """The name of the Parquet beside the tar, in the dataset; None where there is none."""
         return None if self.metadata_fingerprint is None else f"{self.name}.parquet"
+
+    @property
+    def metadata_info(self) -> FileInfo:
+        """What the dataset's listing says of the Parquet beside the tar, which is there."""
+        assert self.metadata_fingerprint is not None
+        return FileInfo.of(f"{self.name}.parquet", self.metadata_fingerprint)
 
     @property
     def index_file(self) -> str:

@@ -190,7 +190,7 @@ class Folder:
         infos = self._listed_locally(suffixes) if self.is_local else self._listed_by_client(suffixes)
         return sorted(infos, key=lambda info: info.name)
 
-    def _listed_locally(self, suffixes: tuple[str, ...]) -> list[FileInfo]:
+    def _listed_locally(self, suffixes: tuple[str, ...]) -> Sequence[FileInfo]:
         root = self._resolved[1]
         names = list(names_below(root, suffixes))
         found = in_bulk(lambda name: size_and_time(os.path.join(root, name)), names)
@@ -198,7 +198,7 @@ class Folder:
             FileInfo(name, it[0], f"{it[0]}-{it[1]}") for name, it in zip(names, found, strict=True) if it is not None
         ]
 
-    def _listed_by_client(self, suffixes: tuple[str, ...]) -> list[FileInfo]:
+    def _listed_by_client(self, suffixes: tuple[str, ...]) -> Sequence[FileInfo]:
         root = self._resolved[1]
         try:
             found = self._ask(self.fs.find, root, detail=True, **self._raising_errors())
@@ -274,24 +274,22 @@ class Folder:
         """
         starts = [max(0, file.size - size) for file in files]
         ends = [file.size for file in files]
-        for file, tail in self._parts(files, starts, ends):
-            if tail:
-                yield file, tail
+        return self._parts(files, starts, ends)
 
     def read_heads(self, files: Sequence[FileInfo], size: int) -> Iterator[tuple[FileInfo, bytes]]:
         """Yield the first `size` bytes of many files, or all of shorter ones; see `read_tails`."""
-        for file, head in self._parts(files, [0] * len(files), [min(size, file.size) for file in files]):
-            if head:
-                yield file, head
+        return self._parts(files, [0] * len(files), [min(size, file.size) for file in files])
 
     def _parts(
         self, files: Sequence[FileInfo], starts: Sequence[int], ends: Sequence[int]
-    ) -> Iterator[tuple[FileInfo, bytes | None]]:
-        """Yield a part of each file, None of those that are gone; a chunk of them at a time is in memory."""
+    ) -> Iterator[tuple[FileInfo, bytes]]:
+        """Yield a part of each file that is there; a chunk of them at a time is in memory."""
+        read = self._local_parts if self.is_local else self._remote_parts
         for at in range(0, len(files), CHUNK):
             some = slice(at, at + CHUNK)
-            read = self._local_parts if self.is_local else self._remote_parts
-            yield from zip(files[some], read(files[some], starts[some], ends[some]), strict=True)
+            for file, part in zip(files[some], read(files[some], starts[some], ends[some]), strict=True):
+                if part is not None:
+                    yield file, part
 
     def _local_parts(
         self, files: Sequence[FileInfo], starts: Sequence[int], ends: Sequence[int]
@@ -313,7 +311,7 @@ class Folder:
             if isinstance(answers[i], bytes):
                 return bytes(answers[i])
             try:
-                return self.read_range(files[i].name, starts[i], ends[i]) if ends[i] else None
+                return self.read_range(files[i].name, starts[i], ends[i]) if ends[i] else b""
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
