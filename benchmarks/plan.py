@@ -58,7 +58,7 @@ def make_dataset(folder: Path, shards: int) -> None:
     (folder / "data").mkdir()
     (folder / "tar").touch()
     text = [f"{n:04}" for n in range(100)]
-    columns: dict[str, Any] = {name: text for name in COLUMNS[:5]} | {name: range(100) for name in COLUMNS[5:]}
+    columns: dict[str, Any] = dict.fromkeys(COLUMNS[:5], text) | {name: range(100) for name in COLUMNS[5:]}
     pq.write_table(pa.table(columns), folder / "parquet")
     for kind in ("tar", "parquet"):
         linked(folder / kind, (folder / "data" / f"{n:07}.{kind}" for n in range(shards)))
@@ -102,9 +102,7 @@ def make_output(folder: Path) -> None:
     merged = pq.read_table(folder / "parquet").slice(0, rows)
     merged = merged.append_column(pa.field(layer, column_type(column, options.form)), vectors)
     layer_file = Template(folder / "layer", table, with_record(table.schema, record))
-    merged_file = Template(
-        folder / "merged", merged, with_record(merged.schema, MergeRecord("0" * 32, rows, 0, 0))
-    )
+    merged_file = Template(folder / "merged", merged, with_record(merged.schema, MergeRecord("0" * 32, rows, 0, 0)))
     samples = [Sample(f"{n}", (Component("jpg", 512 + 1024 * n, 9, f"{n}.jpg"),)) for n in range(rows)]
     (folder / "idx").write_text(format_index(TarIndex.of(samples), shards[0].tar_fingerprint))
     linked(folder / "idx", (output / shard.index_file for shard in shards))
@@ -159,7 +157,7 @@ def main() -> int:
     """Make the dataset, measure each step in a process of its own, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--folder", help="where the files are made, by default a temporary folder; kept, and used again")
+    parser.add_argument("--folder", help="keep the files here, and use those that are there")
     parser.add_argument("--not-done", action="store_true", help="leave out the plan in which all is done")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,7 +176,9 @@ def main() -> int:
             command = [sys.executable, "-m", "benchmarks.plan", "--folder", str(folder), "--measure", step]
             found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
             rate = args.shards / found["seconds"]
-            print(f"  {step:8} {found['seconds']:7.2f} s, {rate:9,.0f} shards/s, {found['cpu']:7.2f} s of CPU, ", end="")
+            print(
+                f"  {step:8} {found['seconds']:7.2f} s, {rate:9,.0f} shards/s, {found['cpu']:7.2f} s of CPU, ", end=""
+            )
             print(f"peak {found['mb']:,.0f} MB", flush=True)
     return 0
 

@@ -272,8 +272,13 @@ def merge_record(footer: Footer | None) -> MergeRecord | None:
 
 
 def read_part_record(folder: Folder, name: str) -> PartRecord | None:
-    """The record of a file made of several merged files; None unless the footer opens and agrees with the file."""
-    found = _record(_read_footer(folder, name))
+    """Return the record of a file made of several merged files; None unless its footer opens and agrees with it."""
+    return part_record(_read_footer(folder, name))
+
+
+def part_record(footer: Footer | None) -> PartRecord | None:
+    """Return the record in the footer of a file made of several merged files; None unless it agrees with the file."""
+    found = _record(footer)
     try:
         record = PartRecord(**found[0]) if found else None
     except TypeError:
@@ -303,18 +308,21 @@ _held: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()
 def _read_records(
     folder: Folder, files: Sequence[FileInfo], parse: Callable[[Footer | None], R | None]
 ) -> Iterator[tuple[str, R]]:
-    kind, remember = parse.__name__, folder.protocol in OBJECT_STORES
-    unknown = files
-    if remember:
-        found = [(file, _held.get((f"{kind} {folder.url}", file.name, file.fingerprint))) for file in files]
-        unknown = [file for file, record in found if record is None]
-        yield from ((file.name, record) for file, record in found if record is not None)
-        del found
-    etags = {file.name: file.fingerprint for file in unknown} if remember else {}
-    for name, footer in read_footers(folder, unknown):
+    if folder.protocol not in OBJECT_STORES:
+        yield from _parsed_records(folder, files, parse)
+        return
+    keys = {file.name: (f"{parse.__name__} {folder.url}", file.name, file.fingerprint) for file in files}
+    known = {name: record for name, key in keys.items() if (record := _held.get(key)) is not None}
+    for name, record in _parsed_records(folder, [file for file in files if file.name not in known], parse):
+        _held[keys[name]] = known[name] = record
+    yield from ((name, known[name]) for name in keys if name in known)
+
+
+def _parsed_records(
+    folder: Folder, files: Sequence[FileInfo], parse: Callable[[Footer | None], R | None]
+) -> Iterator[tuple[str, R]]:
+    for name, footer in read_footers(folder, files):
         if (record := parse(footer)) is not None:
-            if remember:
-                _held[f"{kind} {folder.url}", name, etags[name]] = record
             yield name, record
 
 

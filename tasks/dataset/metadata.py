@@ -23,7 +23,7 @@ from tasks.dataset.ids import canonical_ids, repeated
 from tasks.dataset.vectors import READ_BYTES
 from tasks.records import read_footer_bytes
 from tasks.shards import Shard
-from tasks.storage.arrow_file import arrow_file
+from tasks.storage.arrow_file import arrow_file, arrow_file_by_parts
 
 FOOTERS = 1 << 14
 """Shards whose footers are asked for at a time."""
@@ -34,16 +34,20 @@ MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
 
 
 @contextmanager
-def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
+def open_metadata(shard: Shard, id_col: str, *, whole: bool = True) -> Iterator[pq.ParquetFile]:
     """Open the Parquet beside a shard's tar.
+
+    Args:
+        shard: It has one.
+        id_col: The column with the ids.
+        whole: Whether all of it will be read; else only what is read is requested of a store.
 
     Raises:
         InputError: It is not readable as Parquet, or has no id column.
     """
-    assert shard.metadata is not None
-    where = _where(shard)
-    options = {"buffer_size": READ_BYTES} if shard.source.is_local else {}  # of a store, a column is one request
-    with arrow_file(shard.source, shard.metadata) as file:
+    where, source, info = _where(shard), shard.source, shard.metadata_info
+    options = {"buffer_size": READ_BYTES} if source.is_local else {}  # of a store, a column is one request
+    with arrow_file(source, info.name) if whole else arrow_file_by_parts(source, info) as file:
         with _unreadable(where):
             parquet = pq.ParquetFile(file, pre_buffer=False, **options)
         if id_col not in parquet.schema_arrow.names:
@@ -81,8 +85,10 @@ def check_metadata(
     if shard.metadata is None:
         return
     where = _where(shard)
-    with open_metadata(shard, id_col) as parquet, _unreadable(where):
-        column = parquet.read([id_col]).column(id_col)  # it also reads a column called "id_col.other"
+    with open_metadata(shard, id_col, whole=False) as parquet, _unreadable(where):
+        column = parquet.read([id_col], use_threads=False).column(
+            id_col
+        )  # it also reads a column called "id_col.other"
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
@@ -296,7 +302,7 @@ def _schemas(shards: Sequence[Shard], id_col: str) -> Iterator[tuple[Shard, pa.S
             shard = by_name[file.name]
             schema = _schema_in(footer)
             if schema is None or id_col not in schema.names:
-                with open_metadata(shard, id_col) as parquet:  # says what is wrong, or finds a file that came since
+                with open_metadata(shard, id_col, whole=False) as parquet:  # says what is wrong, if anything is by now
                     schema = parquet.schema_arrow
             yield shard, schema
 

@@ -26,6 +26,7 @@ from tasks.storage.remote import (
     PERMANENT,
     as_os_error,
     beyond_the_end,
+    client_options,
     has_secret,
     missing_package,
     redacted,
@@ -37,7 +38,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 BULK_THREADS = 16
 AT_ONCE = 64
-"""Items that a thread takes at a time where there are many: handing over each by itself costs more than a small read."""
+"""Items that a thread takes at a time where there are many: to hand over each alone costs more than a small read."""
 CHUNK = 4096
 """Files of which parts are in memory at a time when parts of many are read."""
 TRIES = 4
@@ -99,16 +100,14 @@ class Folder:
     @functools.cached_property
     def _resolved(self) -> tuple[Any, str]:
         try:
-            # Other processes write here too, so a cached listing may be out of date.
-            cached = {} if self.protocol in {"file", "local"} else {"use_listings_cache": False}
-            fs, path = fsspec.core.url_to_fs(self.url, **cached)
+            fs, path = fsspec.core.url_to_fs(self.url, **client_options(self.protocol))
         except ImportError as error:
             raise InputError(f"{self.url}: {missing_package(self.protocol, error)}") from error
         except ValueError as error:
             raise InputError(f"{self.url}: {error}; give a folder or an fsspec URL such as s3://bucket/path") from error
         return fs, path.rstrip("/") or "/"
 
-    @property
+    @functools.cached_property
     def protocol(self) -> str:
         """Return the URL's scheme; "file" for a plain path."""
         return fsspec.core.split_protocol(self.url)[0] or "file"
@@ -118,7 +117,7 @@ class Folder:
         """Return the fsspec file system."""
         return self._resolved[0]
 
-    @property
+    @functools.cached_property
     def is_local(self) -> bool:
         """Return whether its files can be opened by path on this machine."""
         return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
