@@ -223,11 +223,13 @@ class Stage:
             file.truncate(shard.tar_bytes)
 
             def part(start: int) -> bool:
-                stop = min(start + PART, shard.tar_bytes)
+                nonlocal signed
+                stop, way = min(start + PART, shard.tar_bytes), signed
                 if self._stopped.is_set():
                     return False
-                if signed is not None and signed.copy(start, stop, file.fileno()):
-                    return signed.etag is not None
+                if way is not None and way.copy(start, stop, file.fileno()):
+                    return way.etag is not None
+                signed = None  # the rest of this tar comes by the client too
                 write_at(file.fileno(), _read_whole(shard, start, stop), start)
                 return False
 

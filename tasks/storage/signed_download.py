@@ -7,6 +7,7 @@ which repeats requests and knows more ways to reach a store.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 import ssl
@@ -153,10 +154,14 @@ def _connections(url: SplitResult) -> Iterator[http.client.HTTPConnection]:
     given: dict[str, Any] = conf.get("s3", {}).get("config_kwargs", {})
     timeout = float(given.get("read_timeout") or TIMEOUT)
     if url.scheme == "https":
-        context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
-        yield http.client.HTTPSConnection(url.netloc, timeout=timeout, context=context)
+        yield http.client.HTTPSConnection(url.netloc, timeout=timeout, context=_tls())
     else:
         yield http.client.HTTPConnection(url.netloc, timeout=timeout)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
 
 
 def write_at(handle: int, data: bytes | memoryview, at: int) -> None:
