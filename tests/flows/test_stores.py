@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +364,8 @@ class Counted:
 
     fs: Any
     proxy: Proxy
+    report: dict[str, Counter[str]] = field(default_factory=dict)
+    """What the report of the last run asked for."""
 
     def run(self) -> dict[str, Counter[str]]:
         """Embed what is left to embed; the requests, as `kinds` counts them."""
@@ -374,6 +376,7 @@ class Counted:
         done = embed_dataset("s3://counted/data", "s3://counted/out", embedder, workers=1, device="cpu")
         assert (done.samples, done.shards_failed) == (128, 0), done
         written = self.proxy.requests.index(("PUT", "/counted/out/manifest.json"))
+        self.report = kinds(self.proxy.requests[written + 1 :])
         return kinds(self.proxy.requests[: written + 1])
 
 
@@ -416,6 +419,7 @@ def test_requests_per_shard_are_bounded(counted: Counted) -> None:
     assert first["00001"] <= whole, first["00001"]
     assert first["00000"] <= quarantined, first["00000"]
     assert first[""] <= Counter(ONCE), first[""]
+    assert counted.report["00001"]["GET image_embedding/parquet"] <= 5  # vectors, and the ids of pictures
 
     idle = counted.run()
     assert idle["00001"] <= Counter(FOUND_DONE), idle["00001"]
