@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,8 +29,8 @@ from tasks.manifest import Manifest
 from tasks.own_cluster import OwnCluster
 from tasks.plan import Plan, plan_in_one_schema
 from tasks.records import PART
-from tasks.shards import find_shards, with_content_fingerprints
-from tasks.storage.folder import FileInfo, Folder
+from tasks.shards import Shard, find_shards, with_content_fingerprints
+from tasks.storage.folder import FileInfo, Folder, in_bulk
 from tasks.worker.shared_engine import embedders_of
 from tasks.worker_count import choose_workers
 
@@ -112,17 +112,23 @@ def prepare(config: EmbedConfig, embedders: Sequence[ImageEmbedder] = (), device
     recipes = tuple(recipe for embedder in embedders for recipe in recipes_of(embedder))
     check_names(recipes, config.id_col)
     held = functools.partial(held_schema, config.output)
-    how = {"overwrite": config.overwrite, "verify": config.verify, "part": config.run_part}
     try:
-        plan = plan_in_one_schema(shards, recipes, config.merge_options(), held, **how)
+        plan = plan_in_one_schema(
+            shards,
+            recipes,
+            config.merge_options(),
+            held,
+            overwrite=config.overwrite,
+            verify=config.verify,
+            part=config.run_part,
+        )
     except OSError as error:
         target.refuse(error)
     if plan.to_embed:
         for embedder in embedders:
             embedder.check()
     components = dict.fromkeys(embedder.image_component for embedder in embedders)
-    images = max(_check_inputs(plan, config, component) for component in components)
-    return Work(device, plan, images, started, given)
+    return Work(device, plan, _check_inputs(plan, config, components), started, given)
 
 
 def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
@@ -146,7 +152,7 @@ def check_names(recipes: Sequence[Recipe], id_col: str) -> None:
             )
 
 
-def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) -> int:
+def _check_inputs(plan: Plan, config: EmbedConfig, components: Collection[str | None]) -> int:
     """Look at the metadata of some shards and the tars of a few: a mistake in the call shows in the first ones.
 
     Returns:
@@ -155,25 +161,40 @@ def _check_inputs(plan: Plan, config: EmbedConfig, image_component: str | None) 
     Raises:
         InputError: The metadata do not fit, or no sample of these tars has an image by --image-component.
     """
-    of_bytes, opened, shards = 0, [], plan.to_embed
-    names = {*plan.options.names, *(name for recipe in plan.recipes for name in recipe.columns)}
-    for number, shard in enumerate(shards[:CHECKED_METADATA]):
-        ids = None
-        if number < CHECKED_TARS and shard.source.is_local:
-            try:
-                path = shard.source.path(shard.tar)
-                opened.append(open_local(shard, path, config.id_col, keep=False, image_component=image_component))
-                if shard.metadata is None:
-                    check_json_members(shard, config.id_col, names)
-            except (MalformedShard, OSError):
-                continue  # damage is the shard's own fault: it fails by name and the others go on
-            ids, of_bytes = opened[-1].samples.ids, of_bytes + shard.tar_bytes
+    found = [_open_first(plan, config, component) for component in components]
+    opened = found[0]
+    images, of_bytes = sum(tar.count for tar in opened.values()), sum(shard.tar_bytes for shard in opened)
+
+    def check(shard: Shard) -> None:
+        ids = opened[shard].samples.ids if shard in opened else None
         with contextlib.suppress(OSError):  # a store's trouble is not the metadata's: the shard's task tries again
             check_metadata(shard, config.id_col, ids, unique=config.strict_ids)
-    _check_images(opened, image_component)
-    images = sum(tar.count for tar in opened)
+
+    damaged = {shard for shard in _first_local(plan) if shard not in opened}
+    in_bulk(check, [shard for shard in plan.to_embed[:CHECKED_METADATA] if shard not in damaged])
+    for component, tars in zip(components, found, strict=True):
+        _check_images(list(tars.values()), component)
     bytes_an_image = of_bytes / images if images else BYTES_AN_IMAGE
-    return int(sum(shard.tar_bytes for shard in shards) / bytes_an_image)
+    return int(sum(shard.tar_bytes for shard in plan.to_embed) / bytes_an_image)
+
+
+def _first_local(plan: Plan) -> list[Shard]:
+    """Return the first shards whose tars can be looked at."""
+    return [shard for shard in plan.to_embed[:CHECKED_TARS] if shard.source.is_local]
+
+
+def _open_first(plan: Plan, config: EmbedConfig, image_component: str | None) -> dict[Shard, OpenShard]:
+    """Return the first tars, without damaged ones: these fail by name and the others go on."""
+    opened: dict[Shard, OpenShard] = {}
+    names = {*plan.options.names, *(name for recipe in plan.recipes for name in recipe.columns)}
+    for shard in _first_local(plan):
+        with contextlib.suppress(MalformedShard, OSError):
+            path = shard.source.path(shard.tar)
+            tar = open_local(shard, path, config.id_col, keep=False, image_component=image_component)
+            if shard.metadata is None:
+                check_json_members(shard, config.id_col, names)
+            opened[shard] = tar
+    return opened
 
 
 def _check_images(opened: Sequence[OpenShard], image_component: str | None) -> None:

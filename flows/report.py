@@ -17,7 +17,7 @@ from flows.errors import exit_status
 from tasks.dataset.sampling import Sampled, sample_vectors
 from tasks.dataset.thumbnails import Pictures
 from tasks.manifest import MANIFEST, Manifest, read_manifest, read_quarantine
-from tasks.records import LayerRecord, layer_record, read_footers
+from tasks.records import LayerRecord, read_layer_records
 from tasks.storage.folder import Folder, writing
 from tasks.vector_checks import measure_vectors
 from tasks.wording import counted
@@ -150,8 +150,7 @@ def _text(value: Any) -> str:
 def _throughput(folder: Folder, layer: str) -> str:
     """Draw each worker's images per second over time, from the times in the footers."""
     files = Folder(folder.place(f"layers/{layer}"))
-    footers = read_footers(files, files.list(".parquet"))
-    records = [record for _, footer in footers if (record := layer_record(footer)) and record.work]
+    records = [record for _, record in read_layer_records(files, files.list(".parquet")) if record.work]
     if not records:
         return ""
     began, ended = min(r.work["began"] for r in records), max(r.work["ended"] for r in records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,28 +13,16 @@ import pyarrow as pa
 from embedders.errors import InputError
 from embedders.recipe import Recipe
 from embedders.shared_loading import can_share
-from tasks.dataset.metadata import unified_schema, usable_schema
+from tasks.dataset.metadata import check_metadata_schemas, unified_schema
 from tasks.keys import layer_key, merge_key
 from tasks.merge_options import MergedColumn, MergeOptions
-from tasks.records import (
-    PART,
-    Column,
-    Footer,
-    LayerRecord,
-    MergeRecord,
-    account_agrees,
-    intact,
-    layer_record,
-    merge_record,
-    quarantine_agrees,
-    read_footers,
-)
+from tasks.output_files import OutputFiles
+from tasks.records import PART, Column, LayerRecord, MergeRecord, intact
 from tasks.run_part import RunPart
 from tasks.shards import Shard
-from tasks.storage.folder import FileInfo, Folder, in_bulk
+from tasks.storage.folder import in_bulk
 
 R = TypeVar("R")
-T = TypeVar("T")
 
 
 def merged_key(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> str:
@@ -47,11 +35,20 @@ def merged_key(shard: Shard, records: Mapping[str, LayerRecord], options: MergeO
         records: Of its layers, by name.
         options: How they are joined.
     """
-    if options.in_place:
-        shard = replace(shard, metadata_fingerprint=None)
-    elif shard.metadata is None:
-        options = replace(options, schema=None)
-    return merge_key(shard, {name: records[name].version for name in sorted(records)}, options.as_dict())
+    return merged_keys(options)(shard, records)
+
+
+def merged_keys(options: MergeOptions) -> Callable[[Shard, Mapping[str, LayerRecord]], str]:
+    """Return `merged_key` for many shards that are joined in one way."""
+    whole, without_schema = options.as_dict(), replace(options, schema=None).as_dict()
+
+    def key_of(shard: Shard, records: Mapping[str, LayerRecord]) -> str:
+        versions = {name: records[name].version for name in sorted(records)}
+        if options.in_place:
+            return merge_key(replace(shard, metadata_fingerprint=None), versions, whole)
+        return merge_key(shard, versions, without_schema if shard.metadata is None else whole)
+
+    return key_of
 
 
 @dataclass(frozen=True)
@@ -172,11 +169,23 @@ def make_plan(
     Raises:
         InputError: A layer was made by another recipe and `overwrite` is not set, or two layers have one column name.
     """
-    target = shards[0].target
-    files = Folder(target.place("layers")).list(".parquet")
-    layers = [_asked_layer(shards, recipe, options.id_col, files, overwrite) for recipe in recipes]
-    names = {file.name.partition("/")[0] for file in files}
-    earlier = [_earlier_layer(shards, name, options.id_col, files) for name in names - {it.name for it in layers}]
+    plan, files = _plan_layers(shards, recipes, options, overwrite, verify, part)
+    return _with_merged(plan, _merge_records(plan, files, verify))
+
+
+def _plan_layers(
+    shards: Sequence[Shard],
+    recipes: Sequence[Recipe],
+    options: MergeOptions,
+    overwrite: bool,
+    verify: bool,
+    part: RunPart | None,
+) -> tuple[Plan, OutputFiles]:
+    """Return a plan without merged files, and the files of the output; see `make_plan`."""
+    files = OutputFiles(shards, options.folder(shards[0]))
+    layers = [_asked_layer(files, recipe, options.id_col, overwrite) for recipe in recipes]
+    others = files.layers.difference(layer.name for layer in layers)
+    earlier = [_earlier_layer(files, name, options.id_col) for name in others]
     layers = sorted([*layers, *(layer for layer in earlier if layer is not None)], key=lambda layer: layer.name)
     check_column_names(layers, recipes)
     if verify:
@@ -188,52 +197,36 @@ def make_plan(
         columns=tuple(columns),
         made_of={layer.name: layer.made_of for layer in layers},
     )
-    there = {file.name.removesuffix(".parquet").partition("/")[2] for file in files}
-    gone = tuple(sorted(there - {shard.name for shard in shards}))
-    plan = Plan(tuple(shards), tuple(recipes), options, tuple(layers), {}, gone, part)
-    return replace(plan, merged=_merged(plan, verify))
+    return Plan(tuple(shards), tuple(recipes), options, tuple(layers), {}, files.gone, part), files
 
 
-def _asked_layer(
-    shards: Sequence[Shard], recipe: Recipe, id_col: str, files: Sequence[FileInfo], overwrite: bool
-) -> Layer:
+def _asked_layer(files: OutputFiles, recipe: Recipe, id_col: str, overwrite: bool) -> Layer:
     found: dict[str, LayerRecord] = {}
-    for shard, record in _layer_records(shards, recipe.layer, files):
+    for name, record in files.layer_records(recipe.layer):
+        shard = files.shards[name]
         if record.recipe != recipe.digest and not overwrite:
             raise InputError(
                 f"{shard.output}: layer {recipe.layer!r} was made by another model or setting (see manifest.json); "
                 "give another --image-embedding-column to add a layer, another --output, or --overwrite to replace it"
             )
         if record.key == layer_key(shard, recipe.layer, recipe.digest, id_col) and recipe.accepts(record.decoder):
-            found[shard.name] = record
-    found = _only(shards, found, lambda shard: account_agrees(shard, found[shard.name]))
-    return Layer(recipe.layer, recipe.digest, recipe.fingerprint, True, found)
+            found[name] = record
+    return Layer(recipe.layer, recipe.digest, recipe.fingerprint, True, files.balanced(found, index=True))
 
 
-def _earlier_layer(shards: Sequence[Shard], name: str, id_col: str, files: Sequence[FileInfo]) -> Layer | None:
+def _earlier_layer(files: OutputFiles, name: str, id_col: str) -> Layer | None:
     """Return a layer that another run made; None if no shard has it. Files of tars that have changed are left out."""
-    records = {shard.name: record for shard, record in _layer_records(shards, name, files)}
+    records = dict(files.layer_records(name))
     if not records:
         return None
     recipe = Counter(record.recipe for record in records.values()).most_common(1)[0][0]
     made_of = next(record.made_of for record in records.values() if record.recipe == recipe)
-    keys = {shard.name: layer_key(shard, name, recipe, id_col) for shard in shards if shard.name in records}
-    found = {shard: record for shard, record in records.items() if record.key == keys[shard]}
-    found = _only(shards, found, lambda shard: quarantine_agrees(shard, found[shard.name]))
-    return Layer(name, recipe, made_of, False, found)
-
-
-def _layer_records(
-    shards: Sequence[Shard], layer: str, files: Sequence[FileInfo]
-) -> Iterator[tuple[Shard, LayerRecord]]:
-    """Yield the shards that have a layer file, with its record."""
-    folder = Folder(shards[0].target.place("layers"))
-    there = {file.name: file for file in files}
-    named = {name: shard for shard in shards if (name := f"{layer}/{shard.name}.parquet") in there}
-    for name, footer in read_footers(folder, [there[name] for name in named]):
-        record = layer_record(footer)
-        if record is not None and record.layer == layer:
-            yield named[name], record
+    found = {
+        shard: record
+        for shard, record in records.items()
+        if record.key == layer_key(files.shards[shard], name, recipe, id_col)
+    }
+    return Layer(name, recipe, made_of, False, files.balanced(found, index=False))
 
 
 def _verified(shards: Sequence[Shard], layer: Layer) -> Layer:
@@ -286,22 +279,24 @@ def merged_columns(layers: Sequence[Layer]) -> list[MergedColumn]:
     return found
 
 
-def _merged(plan: Plan, verify: bool) -> dict[str, MergeRecord]:
-    """Return the records of the merged files that are as they should be."""
-    shards, options = plan.shards, plan.options
+def _merge_records(plan: Plan, files: OutputFiles, verify: bool) -> dict[str, MergeRecord]:
+    """Return the records of the merged files of embedded shards, whatever their key."""
     if not plan.embedded:
         return {}
-    unmatched = {file.name for file in Folder(shards[0].target.place("unmatched")).list(".parquet")}
-    merged: dict[str, MergeRecord] = {}
-    for shard, done in zip(shards, _records(shards, options.folder(shards[0]), merge_record), strict=True):
-        if done is None or shard.name not in plan.embedded:
-            continue
-        listed = not done.unmatched or f"{shard.name}.parquet" in unmatched
-        if listed and done.key == merged_key(shard, plan.records(shard), options):
-            merged[shard.name] = done
-    if verify:
-        merged = _only(plan.own, merged, lambda shard: intact(*options.place(shard)))
-    return merged
+    found = files.merge_records()
+    return _only(plan.own, found, lambda shard: intact(*plan.options.place(shard))) if verify else found
+
+
+def _with_merged(plan: Plan, records: Mapping[str, MergeRecord]) -> Plan:
+    """Return a plan with the merged files that have the key they should have."""
+    key_of = merged_keys(plan.options)
+    by_name = {shard.name: shard for shard in plan.shards}
+    merged = {
+        name: record
+        for name, record in records.items()
+        if name in plan.embedded and record.key == key_of(by_name[name], plan.records(by_name[name]))
+    }
+    return replace(plan, merged=merged)
 
 
 def _only(shards: Sequence[Shard], records: Mapping[str, R], holds: Callable[[Shard], bool]) -> dict[str, R]:
@@ -312,7 +307,14 @@ def _only(shards: Sequence[Shard], records: Mapping[str, R], holds: Callable[[Sh
 
 
 def plan_in_one_schema(
-    shards: Sequence[Shard], recipes: Sequence[Recipe], options: MergeOptions, held: HeldSchema, **how: Any
+    shards: Sequence[Shard],
+    recipes: Sequence[Recipe],
+    options: MergeOptions,
+    held: HeldSchema,
+    *,
+    overwrite: bool = False,
+    verify: bool = False,
+    part: RunPart | None = None,
 ) -> Plan:
     """Plan, with the schema that the metadata of all shards has in common; see `make_plan`.
 
@@ -325,41 +327,33 @@ def plan_in_one_schema(
         recipes: Of the layers that are asked for.
         options: How layers and metadata are joined.
         held: Given the names of the new columns, returns the schema of what is merged already, without them.
-        how: The other arguments of `make_plan`.
+        overwrite: As `make_plan`.
+        verify: As `make_plan`.
 
     Raises:
         InputError: Columns of one name cannot be of one type, one of them cannot be carried through, or one has the
             name of a layer's column.
     """
-    plan = make_plan(shards, recipes, options, **how)
+    plan, files = _plan_layers(shards, recipes, options, overwrite, verify, part)
+    records = _merge_records(plan, files, verify)
+    del files  # of a million shards they take a gigabyte
     names = tuple(dict.fromkeys([*plan.options.names, *(name for recipe in recipes for name in recipe.columns)]))
     schema = None if options.in_place else held(names)
     if schema is not None:
         plan = replace(plan, options=replace(plan.options, schema=schema))
-        plan = replace(plan, merged=_merged(plan, bool(how.get("verify"))))
+    plan = _with_merged(plan, records)
     left = plan.unfinished
     if options.in_place:
-        described = [shard for shard in left if shard.metadata is not None]
-        in_bulk(lambda shard: usable_schema(shard, options.id_col, names), described)
+        check_metadata_schemas(left, options.id_col, names)
     if options.in_place or not left:
         return plan
     unified = unified_schema(left, options.id_col, names, schema if plan.merged else None)
     if not unified.names or (schema is not None and unified.equals(schema)):
         return plan
-    plan = replace(plan, options=replace(plan.options, schema=unified))
-    return replace(plan, merged=_merged(plan, bool(how.get("verify"))))
+    return _with_merged(replace(plan, options=replace(plan.options, schema=unified)), records)
 
 
 HeldSchema = Callable[[Collection[str]], pa.Schema | None]
-
-
-def _records(shards: Sequence[Shard], folder: Folder, record: Callable[[Footer | None], T | None]) -> list[T | None]:
-    """The record of each shard's file in a folder, or None; one listing, then footers in bulk."""
-    there = {file.name: file for file in folder.list(".parquet")}
-    names = [f"{shard.name}.parquet" for shard in shards]
-    footers = read_footers(folder, [there[name] for name in names if name in there])
-    found = {name: record(footer) for name, footer in footers}
-    return [found.get(name) for name in names]
 
 
 def passes(recipes: Sequence[Recipe]) -> list[tuple[Recipe, ...]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +19,9 @@ from embedders.tar_index import indexed_samples
 from tasks.sample_account import Unbalanced, check_account
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
-from tasks.storage.folder import FileInfo, Folder
+from tasks.storage.folder import OBJECT_STORES, FileInfo, Folder
 
+R = TypeVar("R", "LayerRecord", "MergeRecord")
 RECORD = b"shard_embed"
 """The key under which a Parquet footer carries its record."""
 
@@ -32,7 +35,7 @@ _SEAL = re.compile(rb'"footer_crc32": "([^"]{8})"', re.DOTALL)
 Footer: TypeAlias = pq.FileMetaData
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of a layer: the type of its values, and their shape; () for a number, (512,) for a vector."""
 
@@ -40,7 +43,7 @@ class Column:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class LayerRecord:
     """What the footer of a layer file says: which inputs it is made of, and the account of the shard's samples.
 
@@ -111,7 +114,7 @@ class LayerRecord:
         return self.statistics.get(self.layer, {})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MergeRecord:
     """What the footer of a merged file says of it.
 
@@ -204,26 +207,39 @@ def layer_record(footer: Footer | None) -> LayerRecord | None:
         return None
     value, rows = found
     try:
-        columns = {name: Column(it["dtype"], tuple(it["shape"])) for name, it in value["columns"].items()}
-        record = LayerRecord(**value | {"columns": columns})
+        record = LayerRecord(**value | {name: _shared(name, value[name]) for name in SHARED if name in value})
     except (AttributeError, KeyError, TypeError, Unbalanced):  # damaged, written by another version, or foreign
         return None
     return record if record.rows == rows and (record.embedded == rows or PART in record.columns) else None
+
+
+SHARED = ("layer", "recipe", "quarantined", "columns", "made_of", "decoder", "versions", "worker", "computed")
+"""What most records of a layer have in common: a plan holds it once and not for each shard."""
+_seen: dict[tuple[str, str], Any] = {}
+MOST_SEEN = 4096
+
+
+def _shared(name: str, value: Any) -> Any:
+    """Return a record's value for a field as an object that all records with an equal one have; never change it."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    key = name, repr(value)
+    if key not in _seen:
+        if len(_seen) > MOST_SEEN:
+            _seen.clear()
+        columns = name == "columns"
+        _seen[key] = {n: Column(it["dtype"], tuple(it["shape"])) for n, it in value.items()} if columns else value
+    return _seen[key]
 
 
 PART = "part"
 """The column that numbers the rows of a sample, in layers that have several."""
 
 
-def quarantine_agrees(shard: Shard, record: LayerRecord) -> bool:
-    """Return whether the quarantine beside a layer file has as many rows as its record says."""
-    quarantined = sum(record.quarantined.values())
-    return not quarantined or _count_rows(shard.target, shard.quarantine_file(record.layer)) == quarantined
-
-
 def account_agrees(shard: Shard, record: LayerRecord) -> bool:
     """Return whether the quarantine and the index beside a layer file say as many samples as its record."""
-    if not quarantine_agrees(shard, record):
+    quarantined = sum(record.quarantined.values())
+    if quarantined and _count_rows(shard.target, shard.quarantine_file(record.layer)) != quarantined:
         return False
     samples = indexed_samples(shard.target.read_head(shard.index_file), shard.tar_fingerprint, shard.key_dot)
     return samples is None or samples == record.samples
@@ -242,12 +258,9 @@ def intact(folder: Folder, name: str) -> bool:
 
 
 def _count_rows(folder: Folder, name: str) -> int | None:
-    """A Parquet file's rows by its footer; None where it does not open."""
-    try:
-        with arrow_file(folder, name) as file:
-            return int(pq.read_metadata(file).num_rows)
-    except (OSError, pa.ArrowException):
-        return None
+    """Return a Parquet file's rows by its footer; None where it does not open."""
+    footer = _read_footer(folder, name)
+    return None if footer is None else int(footer.num_rows)
 
 
 def merge_record(footer: Footer | None) -> MergeRecord | None:
@@ -261,8 +274,13 @@ def merge_record(footer: Footer | None) -> MergeRecord | None:
 
 
 def read_part_record(folder: Folder, name: str) -> PartRecord | None:
-    """The record of a file made of several merged files; None unless the footer opens and agrees with the file."""
-    found = _record(_read_footer(folder, name))
+    """Return the record of a file made of several merged files; None unless its footer opens and agrees with it."""
+    return part_record(_read_footer(folder, name))
+
+
+def part_record(footer: Footer | None) -> PartRecord | None:
+    """Return the record in the footer of a file made of several merged files; None unless it agrees with the file."""
+    found = _record(footer)
     try:
         record = PartRecord(**found[0]) if found else None
     except TypeError:
@@ -270,34 +288,85 @@ def read_part_record(folder: Folder, name: str) -> PartRecord | None:
     return record if found and record and record.rows == found[1] else None
 
 
+def read_layer_records(folder: Folder, files: Sequence[FileInfo]) -> Iterator[tuple[str, LayerRecord]]:
+    """Yield the records of layer files with the files' names; files without a good one are left out.
+
+    Args:
+        folder: Where they are.
+        files: Of one layer, from `Folder.list`.
+    """
+    return _read_records(folder, files, layer_record)
+
+
+def read_merge_records(folder: Folder, files: Sequence[FileInfo]) -> Iterator[tuple[str, MergeRecord]]:
+    """Yield the records of merged files; see `read_layer_records`."""
+    return _read_records(folder, files, merge_record)
+
+
+_held: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()
+"""Records that some plan of this process holds, by folder, name and etag: of a store they are not requested again."""
+
+
+def _read_records(
+    folder: Folder, files: Sequence[FileInfo], parse: Callable[[Footer | None], R | None]
+) -> Iterator[tuple[str, R]]:
+    if folder.protocol not in OBJECT_STORES:
+        yield from _parsed_records(folder, files, parse)
+        return
+    keys = {file.name: (f"{parse.__name__} {folder.url}", file.name, file.fingerprint) for file in files}
+    known = {name: record for name, key in keys.items() if (record := _held.get(key)) is not None}
+    for name, record in _parsed_records(folder, [file for file in files if file.name not in known], parse):
+        _held[keys[name]] = known[name] = record
+    yield from ((name, known[name]) for name in keys if name in known)
+
+
+def _parsed_records(
+    folder: Folder, files: Sequence[FileInfo], parse: Callable[[Footer | None], R | None]
+) -> Iterator[tuple[str, R]]:
+    for name, footer in read_footers(folder, files):
+        if (record := parse(footer)) is not None:
+            yield name, record
+
+
 def read_footers(folder: Folder, files: Sequence[FileInfo]) -> Iterator[tuple[str, Footer]]:
-    """The Parquet footers of many files with their names, one request each; files without a whole one are left out.
+    """Yield the Parquet footers of many files with their names, one request each; those without one are left out.
 
     One after the other: a footer takes some ten kilobytes, of which a plan needs one.
     """
-    for file, tail in folder.read_tails(files, FOOTER_BYTES):
-        if (footer := _footer(folder, file.name, tail)) is not None:
+    for file, content in read_footer_bytes(folder, files):
+        if (footer := _parsed(content)) is not None:
             yield file.name, footer
+
+
+def read_footer_bytes(folder: Folder, files: Sequence[FileInfo]) -> Iterator[tuple[FileInfo, bytes | None]]:
+    """Yield files with their footers as `pq.ParquetFile` opens them; None where there is no whole one.
+
+    Files that are gone are left out.
+    """
+    for file, tail in folder.read_tails(files, FOOTER_BYTES):
+        yield file, _footer_bytes(folder, file.name, tail)
 
 
 def _read_footer(folder: Folder, name: str) -> Footer | None:
     try:
-        return _footer(folder, name, folder.read_tail(name, FOOTER_BYTES))
+        return _parsed(_footer_bytes(folder, name, folder.read_tail(name, FOOTER_BYTES)))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
 
 
-def _footer(folder: Folder, name: str, tail: bytes) -> Footer | None:
-    """A Parquet footer, given the end of its file; read anew where that is not all of it."""
+def _footer_bytes(folder: Folder, name: str, tail: bytes) -> bytes | None:
+    """Return a Parquet footer, given the end of its file; it is read anew where that is not all of it."""
     if tail[-4:] != MAGIC or len(tail) < 12:
         return None
     size = int.from_bytes(tail[-8:-4], "little") + 8
     if size > len(tail):
         tail = folder.read_tail(name, size)
-    if _is_damaged(tail[-size:-8]):
-        return None
+    return None if _is_damaged(tail[-size:-8]) else MAGIC + tail[-size:]
+
+
+def _parsed(content: bytes | None) -> Footer | None:
     try:
-        return pq.read_metadata(pa.BufferReader(MAGIC + tail[-size:]))  # a footer is read without what it describes
+        return None if content is None else pq.read_metadata(pa.BufferReader(content))  # without what it describes
     except (OSError, pa.ArrowException):
         return None
 

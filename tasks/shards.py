@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from embedders.errors import InputError
 from embedders.samples import KeyDot, image_extensions
-from tasks.storage.folder import Folder, in_bulk
+from tasks.storage.folder import FileInfo, Folder, in_bulk
 
 UNPACK = {".tar.gz": "gunzip FILE", ".tgz": "gunzip FILE", ".tar.zst": "zstd -d --rm FILE", ".tar.xz": "unxz FILE"}
 """Compressed tars, and what unpacks them."""
@@ -19,7 +19,7 @@ WRITTEN = ("index", "layers", "merged", "metadata", "quarantine", "unmatched")
 """The folders of an output that hold a file per shard."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A tar and the metadata Parquet beside it, named by the tar's path in the dataset without its ending.
 
@@ -52,9 +52,21 @@ class Shard:
         return f"{self.name}.tar"
 
     @property
+    def tar_etag(self) -> str | None:
+        """What the listing of a store said of the tar's content; None where it said only how long it is."""
+        _, _, etag = (self.tar_listed or self.tar_fingerprint).partition("-")
+        return etag or None
+
+    @property
     def metadata(self) -> str | None:
         """The name of the Parquet beside the tar, in the dataset; None where there is none."""
         return None if self.metadata_fingerprint is None else f"{self.name}.parquet"
+
+    @property
+    def metadata_info(self) -> FileInfo:
+        """What the dataset's listing says of the Parquet beside the tar, which is there."""
+        assert self.metadata_fingerprint is not None
+        return FileInfo.of(f"{self.name}.parquet", self.metadata_fingerprint)
 
     @property
     def index_file(self) -> str:
@@ -179,7 +191,24 @@ class ShardReplaced(Exception):
     """A tar is another one than when the run began. Its shard fails by name; the next run takes it as it is then."""
 
 
+def replaced(shard: Shard) -> ShardReplaced:
+    """Return what is said of a tar that is another one."""
+    return ShardReplaced(f"{shard.tar} was replaced or removed while the run went on; run again")
+
+
 def check_unchanged(shard: Shard) -> None:
+    """Prove that a tar that is read where it lies is still the one the run began with.
+
+    A downloaded one was proven to be when it came, and the copy does not change.
+
+    Raises:
+        ShardReplaced: It is another one, or gone.
+    """
+    if shard.source.is_local:
+        check_as_listed(shard)
+
+
+def check_as_listed(shard: Shard) -> None:
     """Prove that a tar is still the one the run began with, by what its store says of it.
 
     Raises:
@@ -189,4 +218,4 @@ def check_unchanged(shard: Shard) -> None:
     if not shard.source.is_local and "-" not in listed:
         return  # a store that lists no times and no etags
     if shard.source.fingerprint(shard.tar) != listed:
-        raise ShardReplaced(f"{shard.tar} was replaced or removed while the run went on; run again")
+        raise replaced(shard)

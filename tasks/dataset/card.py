@@ -12,8 +12,8 @@ from tasks.dataset.even_files import missing_parts, plan_parts
 from tasks.dataset.schema import SCHEMA, common_schema, metadata_folder
 from tasks.merge_options import MergedColumn
 from tasks.plan import Layer, Plan
-from tasks.records import read_merge_record, read_part_record
-from tasks.storage.folder import Folder
+from tasks.records import merge_record, part_record, read_footers
+from tasks.storage.folder import Folder, in_bulk
 from tasks.wording import counted
 
 CARD = "README.md"
@@ -53,12 +53,10 @@ def _remove_former(plan: Plan, folder: Folder) -> None:
     """Take away what another --rows-per-file has left: the same rows must not be there twice."""
     parts = plan.options.rows_per_file is not None
     wanted = {part.name for part in plan_parts(plan)} if parts else {f"{shard.name}.parquet" for shard in plan.shards}
-    for found in folder.list(".parquet"):
-        if found.name in wanted:
-            continue
-        ours = read_part_record(folder, found.name) or (parts and read_merge_record(folder, found.name))
-        if ours:
-            folder.remove(found.name)
+    others = [file for file in folder.list(".parquet") if file.name not in wanted]
+    footers = read_footers(folder, others)
+    ours = [name for name, footer in footers if part_record(footer) or (parts and merge_record(footer))]
+    in_bulk(folder.remove, ours)
 
 
 def card(plan: Plan) -> str:

@@ -21,10 +21,12 @@ from tasks.dataset.column_types import plain_schema, plain_table, refused_by_arr
 from tasks.dataset.description import columns_made
 from tasks.dataset.ids import canonical_ids, repeated
 from tasks.dataset.vectors import READ_BYTES
+from tasks.records import read_footer_bytes
 from tasks.shards import Shard
-from tasks.storage.arrow_file import arrow_file
-from tasks.storage.folder import in_bulk
+from tasks.storage.arrow_file import arrow_file, arrow_file_by_parts
 
+FOOTERS = 1 << 14
+"""Shards whose footers are asked for at a time."""
 ROWS_OF_A_COLUMN = 1 << 16
 """Rows that are read at a time where only one column is."""
 MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
@@ -32,16 +34,20 @@ MISMATCH_WARNED, MISMATCH_REFUSED = 0.01, 0.99
 
 
 @contextmanager
-def open_metadata(shard: Shard, id_col: str) -> Iterator[pq.ParquetFile]:
+def open_metadata(shard: Shard, id_col: str, *, whole: bool = True) -> Iterator[pq.ParquetFile]:
     """Open the Parquet beside a shard's tar.
+
+    Args:
+        shard: It has one.
+        id_col: The column with the ids.
+        whole: Whether all of it will be read; else only what is read is requested of a store.
 
     Raises:
         InputError: It is not readable as Parquet, or has no id column.
     """
-    assert shard.metadata is not None
-    where = f"{shard.dataset}/{shard.metadata}"
-    options = {"buffer_size": READ_BYTES} if shard.source.is_local else {}  # of a store, a column is one request
-    with arrow_file(shard.source, shard.metadata) as file:
+    where, source, info = _where(shard), shard.source, shard.metadata_info
+    options = {"buffer_size": READ_BYTES} if source.is_local else {}  # of a store, a column is one request
+    with arrow_file(source, info.name) if whole else arrow_file_by_parts(source, info) as file:
         with _unreadable(where):
             parquet = pq.ParquetFile(file, pre_buffer=False, **options)
         if id_col not in parquet.schema_arrow.names:
@@ -78,9 +84,11 @@ def check_metadata(
     """
     if shard.metadata is None:
         return
-    where = f"{shard.dataset}/{shard.metadata}"
-    with open_metadata(shard, id_col) as parquet, _unreadable(where):
-        column = parquet.read([id_col]).column(id_col)  # it also reads a column called "id_col.other"
+    where = _where(shard)
+    with open_metadata(shard, id_col, whole=False) as parquet, _unreadable(where):
+        column = parquet.read([id_col], use_threads=False).column(
+            id_col
+        )  # it also reads a column called "id_col.other"
     if not len(column) and (ids is None or len(ids)):
         raise no_rows(where)
     texts = canonical_ids(column)
@@ -165,7 +173,7 @@ def open_rows(shard: Shard, id_col: str) -> Iterator[MetadataRows]:
         table = json_metadata(shard, id_col)
         yield MetadataRows(table.schema, lambda names, size: _slices(table.select(names), size))
         return
-    where = f"{shard.dataset}/{shard.metadata}"
+    where = _where(shard)
     with open_metadata(shard, id_col) as parquet:
         yield MetadataRows(
             plain_schema(parquet.schema_arrow), lambda names, size: _batches(parquet, list(names), size, where)
@@ -242,9 +250,75 @@ def usable_schema(shard: Shard, id_col: str, columns: Collection[str]) -> pa.Sch
         InputError: The file does not open or lacks the id column, two columns have one name, a column of the user's
             own has the name of one to come, or a column's type cannot be written.
     """
-    where = f"{shard.dataset}/{shard.metadata}"
-    with open_metadata(shard, id_col) as parquet:
-        schema = parquet.schema_arrow
+    ((schema, _),) = check_metadata_schemas([shard], id_col, columns)
+    return schema
+
+
+def check_metadata_schemas(
+    shards: Sequence[Shard], id_col: str, columns: Collection[str]
+) -> list[tuple[pa.Schema, Shard]]:
+    """Read the footers of the Parquets beside tars, and prove that their columns can be carried through.
+
+    Args:
+        shards: Of one dataset; those without a Parquet count for nothing.
+        id_col: The column with the ids.
+        columns: The names of the layers' columns that are to come.
+
+    Returns:
+        The schemas that differ in plain types, each with the first shard that has it.
+
+    Raises:
+        InputError: As `usable_schema`.
+    """
+    distinct: dict[str, tuple[pa.Schema, Shard]] = {}
+    last = None
+    for shard, schema in _schemas(shards, id_col):
+        if set(columns).intersection(schema.names):
+            check_columns(schema, _where(shard), columns)  # what the footer says of them is each file's own
+        bare = schema.remove_metadata()
+        if last is None or not bare.equals(last):
+            last = bare
+            if str(bare) not in distinct:
+                distinct[str(bare)] = _carried_through(schema, _where(shard), columns), shard
+    return list(distinct.values())
+
+
+def _where(shard: Shard) -> str:
+    """Return how messages name the Parquet beside a tar."""
+    return f"{shard.dataset}/{shard.metadata}"
+
+
+def _schemas(shards: Sequence[Shard], id_col: str) -> Iterator[tuple[Shard, pa.Schema]]:
+    """Yield the shards that have a Parquet with its schema; one that is gone by now fails in its shard's task.
+
+    Raises:
+        InputError: It is not readable as Parquet, or has no id column.
+    """
+    described = [shard for shard in shards if shard.metadata is not None]
+    for at in range(0, len(described), FOOTERS):
+        by_name = {str(shard.metadata): shard for shard in described[at : at + FOOTERS]}
+        files = [shard.metadata_info for shard in by_name.values()]
+        for file, footer in read_footer_bytes(described[0].source, files):
+            shard = by_name[file.name]
+            schema = _schema_in(footer)
+            if schema is None or id_col not in schema.names:
+                with open_metadata(shard, id_col, whole=False) as parquet:  # says what is wrong, if anything is by now
+                    schema = parquet.schema_arrow
+            yield shard, schema
+
+
+def _schema_in(footer: bytes | None) -> pa.Schema | None:
+    """Return the schema in a footer; None if it does not open."""
+    if footer is None:
+        return None
+    try:
+        return pq.ParquetFile(pa.BufferReader(footer), pre_buffer=False).schema_arrow
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _carried_through(schema: pa.Schema, where: str, columns: Collection[str]) -> pa.Schema:
+    """Return a schema in plain types, once its columns are seen to be writable; see `usable_schema`."""
     check_columns(schema, where, columns)
     for field in schema:
         if why := refused_by_arrow(field):
@@ -314,16 +388,12 @@ def unified_schema(
         InputError: A column's types cannot be one, or a Parquet does not open or lacks the id column.
     """
 
-    def schema_of(shard: Shard) -> pa.Schema:
-        return usable_schema(shard, id_col, columns)
-
-    described = [shard for shard in shards if shard.metadata is not None]
     distinct: dict[str, tuple[pa.Schema, str]] = {}
     if held is not None:
         distinct[str(held)] = held, "what is merged already"
-    for shard, schema in zip(described, in_bulk(schema_of, described), strict=True):
+    for schema, shard in check_metadata_schemas(shards, id_col, columns):
         schema = pa.schema([field for field in schema if field.name not in columns])
-        distinct.setdefault(str(schema), (schema, f"{shard.dataset}/{shard.metadata}"))
+        distinct.setdefault(str(schema), (schema, _where(shard)))
     if not distinct:
         return pa.schema([])
     (schema, first), *others = distinct.values()

@@ -12,7 +12,8 @@ from embedders.errors import InputError
 from tasks.dataset.description import columns_made, describe, footer
 from tasks.layer_rows import column_type
 from tasks.plan import Plan
-from tasks.storage.folder import Folder, in_bulk
+from tasks.records import read_footers
+from tasks.storage.folder import Folder
 
 SCHEMA = "schema.parquet"
 """In the output: no rows, and the schema of all files in `metadata/`, where readers want nothing but the dataset."""
@@ -61,18 +62,22 @@ def common_schema(plan: Plan) -> pa.Schema | None:
     if options.schema is not None and not described:
         schema = pa.schema([*options.schema, *columns])
     else:
-
-        def schema_of(name: str) -> pa.Schema:
-            with plan.shards[0].target.open(name) as file:
-                schema = pq.read_schema(file).remove_metadata()
-            return pa.schema([field for field in schema if field.name not in options.names])
-
-        folder = options.folder(plan.shards[0]).url.removeprefix(plan.shards[0].output.rstrip("/")).strip("/")
-        found = in_bulk(schema_of, [f"{folder}/{name}.parquet" for name in plan.merged])
+        found = _schemas(plan, options.folder(plan.shards[0]))
         try:
-            metadata = pa.unify_schemas(list(dict.fromkeys(found)), promote_options="permissive")
+            metadata = pa.unify_schemas(found, promote_options="permissive")
         except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
             raise InputError(f"json members of one name are not of one type: {error}") from error
         schema = pa.schema([*metadata, *columns])
     notes = footer(schema, describe(options, records))
     return schema.with_metadata(notes | ({UNIFIED: b"1"} if options.schema is not None else {}))
+
+
+def _schemas(plan: Plan, folder: Folder) -> list[pa.Schema]:
+    """Return the schemas that merged files have without the layers' columns, each once, by their footers."""
+    names = {f"{name}.parquet" for name in plan.merged}
+    files = [file for file in folder.list(".parquet") if file.name in names]
+    found: dict[pa.Schema, None] = {}
+    for _, content in read_footers(folder, files):
+        schema = content.schema.to_arrow_schema().remove_metadata()
+        found[pa.schema([field for field in schema if field.name not in plan.options.names])] = None
+    return list(found)

@@ -24,6 +24,7 @@ from embedders.tar_index import parse_index
 from tasks.manifest import Manifest
 from tasks.records import layer_record
 from tasks.relocation import missing_dataset
+from tasks.storage.arrow_file import arrow_file_by_parts
 from tasks.storage.folder import Folder
 from tasks.wording import counted
 
@@ -62,6 +63,7 @@ class Pictures:
         self.source, self.output, self.layer, self.component = Folder(dataset), Folder(output), layer, image_component
         self.max_pixels = max_pixels or MAX_PIXELS
         self.lost: dict[str, str] = {}
+        self._known: dict[str, Mapping[str, Component]] = {}
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Self:
@@ -126,6 +128,12 @@ class Pictures:
             self.lost[shard] = one_line(error)
 
     def _components(self, shard: str) -> Mapping[str, Component]:
+        """Return the image of each sample of a shard by its id in the output; it is read once."""
+        if shard not in self._known:
+            self._known[shard] = self._read_components(shard)
+        return self._known[shard]
+
+    def _read_components(self, shard: str) -> Mapping[str, Component]:
         """Return the image of each sample of a shard by its id in the output.
 
         No json is read for the ids: the output has them in the order of the tar, without the quarantined samples.
@@ -140,8 +148,8 @@ class Pictures:
         if index is None:
             raise MalformedShard(f"{tar.name}: no index of it as it is now")
         bad = self._quarantined(shard)
-        with self.output.open(f"layers/{self.layer}/{shard}.parquet") as file:
-            parquet = pq.ParquetFile(file)
+        with arrow_file_by_parts(self.output, self.output.info(f"layers/{self.layer}/{shard}.parquet")) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
             ids = parquet.read(columns=["id"], use_threads=False).column(0).to_pylist()
         record = layer_record(parquet.metadata)
         if record is None or not record.in_order:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from tasks.shards import Shard, check_unchanged
+from tasks.shards import Shard, check_as_listed, replaced
+from tasks.storage.signed_download import Replaced, signed_file, write_at
 from tasks.storage.temporary_space import scratch
 
 SPACE = 8 << 30
@@ -23,8 +24,8 @@ SPACE = 8 << 30
 DOWNLOADS = 4
 """Tars downloaded at once."""
 
-STREAMS = 16
-"""Requests at once. A store serves each at some 50 to 100 MB/s, and a GPU needs over 1 GB/s."""
+STREAMS = 32
+"""Requests at once. A store serves each at some 50 to 100 MB/s, and a node of fast GPUs needs gigabytes per second."""
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at the progress of a download."""
@@ -192,8 +193,9 @@ class Stage:
         folder = os.path.dirname(path)
         try:
             os.mkdir(folder)
-            self._fetch(shard, path)
-            _verify(shard, path)
+            if not self._fetch(shard, path):
+                check_as_listed(shard)
+            _check_size(shard, path)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -203,33 +205,56 @@ class Stage:
             raise
         return path
 
-    def _fetch(self, shard: Shard, path: str) -> None:
-        """Download a tar to a path, with many requests at once if the store's client can."""
+    def _fetch(self, shard: Shard, path: str) -> bool:
+        """Download a tar to a path, with many requests at once if the store's client can.
+
+        Returns:
+            Whether the store has proven with each request that it is the tar that was listed.
+
+        Raises:
+            ShardReplaced: It is not.
+        """
         source = shard.source
         if not source.reads_ranges:
             source.download(shard.tar, path)
-            return
+            return False
+        signed = signed_file(source, shard.tar, shard.tar_etag)
         with open(path, "wb") as file:
             file.truncate(shard.tar_bytes)
 
-            def part(start: int) -> None:
-                if not self._stopped.is_set():
-                    stop = min(start + PART, shard.tar_bytes)
-                    data = source.read_range(shard.tar, start, stop)
-                    if len(data) != stop - start:
-                        raise OSError(
-                            f"{shard.tar}: only {len(data):,} of {stop - start:,} bytes arrived at offset {start:,}"
-                        )
-                    _write_at(file.fileno(), data, start)
+            def part(start: int) -> bool:
+                nonlocal signed
+                stop, way = min(start + PART, shard.tar_bytes), signed
+                if self._stopped.is_set():
+                    return False
+                if way is not None and way.copy(start, stop, file.fileno()):
+                    return way.etag is not None
+                signed = None  # the rest of this tar comes by the client too
+                write_at(file.fileno(), _read_whole(shard, start, stop), start)
+                return False
 
             parts = [self._streams.submit(part, start) for start in range(0, shard.tar_bytes, PART)]
             try:
-                for done in parts:
-                    done.result()
+                proven = [done.result() for done in parts]
+                return all(proven)
+            except Replaced:
+                raise replaced(shard) from None
             finally:
                 for waiting in parts:  # close the file only after the last write
                     if not waiting.cancel():
                         waiting.exception()
+
+
+def _read_whole(shard: Shard, start: int, stop: int) -> bytes:
+    """Return a part of a tar by the store's client.
+
+    Raises:
+        OSError: Bytes are missing.
+    """
+    data = shard.source.read_range(shard.tar, start, stop)
+    if len(data) != stop - start:
+        raise OSError(f"{shard.tar}: only {len(data):,} of {stop - start:,} bytes arrived at offset {start:,}")
+    return data
 
 
 def _bytes_on_disk(path: str) -> int:
@@ -240,22 +265,12 @@ def _bytes_on_disk(path: str) -> int:
         return 0
 
 
-def _write_at(handle: int, data: bytes, at: int) -> None:
-    """Write all bytes at an offset; one system call may write fewer."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, at)
-        view, at = view[written:], at + written
-
-
-def _verify(shard: Shard, path: str) -> None:
-    """Prove that a downloaded tar is complete, and still the one that the run was planned for.
+def _check_size(shard: Shard, path: str) -> None:
+    """Prove that all bytes of a downloaded tar are there.
 
     Raises:
         OSError: Bytes are missing.
-        ShardReplaced: The store has another tar by now.
     """
-    check_unchanged(shard)
     size = os.path.getsize(path)
     if size != shard.tar_bytes:
         raise OSError(f"{shard.dataset}/{shard.tar}: only {size:,} of {shard.tar_bytes:,} bytes arrived")

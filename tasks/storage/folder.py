@@ -21,10 +21,12 @@ import fsspec
 
 from embedders.errors import InputError, drop_locals, one_line
 from tasks.storage.durable import being_written, is_being_written, make_folder, publish
+from tasks.storage.local_files import names_below, read_part, size_and_time
 from tasks.storage.remote import (
     PERMANENT,
     as_os_error,
     beyond_the_end,
+    client_options,
     has_secret,
     missing_package,
     redacted,
@@ -35,6 +37,10 @@ from tasks.storage.temporary_space import scratch
 T = TypeVar("T")
 R = TypeVar("R")
 BULK_THREADS = 16
+AT_ONCE = 64
+"""Items that a thread takes at a time where there are many: to hand over each alone costs more than a small read."""
+CHUNK = 4096
+"""Files of which parts are in memory at a time when parts of many are read."""
 TRIES = 4
 """Attempts at a request before it fails; most clients of stores retry by themselves too."""
 
@@ -48,13 +54,19 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 """The name of a file on a disk that is still being written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """A file: its name relative to its folder, its bytes, and a text that changes whenever the content does."""
 
     name: str
     size: int
     fingerprint: str
+
+    @classmethod
+    def of(cls, name: str, fingerprint: str) -> FileInfo:
+        """Return what a listing said of a file, by its name and fingerprint; 0 bytes where it said nothing of them."""
+        size = fingerprint.partition("-")[0]  # see `_fingerprint`
+        return cls(name, int(size) if size.isdecimal() else 0, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -88,16 +100,14 @@ class Folder:
     @functools.cached_property
     def _resolved(self) -> tuple[Any, str]:
         try:
-            # Other processes write here too, so a cached listing may be out of date.
-            cached = {} if self.protocol in {"file", "local"} else {"use_listings_cache": False}
-            fs, path = fsspec.core.url_to_fs(self.url, **cached)
+            fs, path = fsspec.core.url_to_fs(self.url, **client_options(self.protocol))
         except ImportError as error:
             raise InputError(f"{self.url}: {missing_package(self.protocol, error)}") from error
         except ValueError as error:
             raise InputError(f"{self.url}: {error}; give a folder or an fsspec URL such as s3://bucket/path") from error
         return fs, path.rstrip("/") or "/"
 
-    @property
+    @functools.cached_property
     def protocol(self) -> str:
         """Return the URL's scheme; "file" for a plain path."""
         return fsspec.core.split_protocol(self.url)[0] or "file"
@@ -107,7 +117,7 @@ class Folder:
         """Return the fsspec file system."""
         return self._resolved[0]
 
-    @property
+    @functools.cached_property
     def is_local(self) -> bool:
         """Return whether its files can be opened by path on this machine."""
         return "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
@@ -176,24 +186,32 @@ class Folder:
         Raises:
             InputError: A name would lead out of the folder, which is possible in a store.
         """
+        infos = self._listed_locally(suffixes) if self.is_local else self._listed_by_client(suffixes)
+        return sorted(infos, key=lambda info: info.name)
+
+    def _listed_locally(self, suffixes: tuple[str, ...]) -> Sequence[FileInfo]:
+        root = self._resolved[1]
+        names = list(names_below(root, suffixes))
+        found = in_bulk(lambda name: size_and_time(os.path.join(root, name)), names)
+        return [
+            FileInfo(name, it[0], f"{it[0]}-{it[1]}") for name, it in zip(names, found, strict=True) if it is not None
+        ]
+
+    def _listed_by_client(self, suffixes: tuple[str, ...]) -> Sequence[FileInfo]:
         root = self._resolved[1]
         try:
             found = self._ask(self.fs.find, root, detail=True, **self._raising_errors())
         except FileNotFoundError:
             return []
-        infos = {path.removeprefix(root).lstrip("/"): info for path, info in found.items()}
-        infos = {name: info for name, info in infos.items() if name.endswith(suffixes)}
+        named = ((path.removeprefix(root).lstrip("/"), info) for path, info in found.items())
+        infos = {name: info for name, info in named if name.endswith(suffixes)}
         for name in infos:
-            if ".." in name.split("/"):
+            if ".." in name and ".." in name.split("/"):
                 raise InputError(f"{self.url}: the name {name!r} leads out of the folder; rename or remove it")
-        names = sorted(name for name in infos if not any(part.startswith(".") for part in name.split("/")))
-        for name in names:
-            if infos[name].get("islink"):  # fsspec lists the time of the link; ask for that of the file
-                with contextlib.suppress(FileNotFoundError):
-                    infos[name] = self._ask(self.fs.info, self.path(name))
-        if any(infos[name].get("size") is None for name in names):  # an HTTP index page has names only
-            infos = dict(zip(names, in_bulk(lambda name: self._ask(self.fs.info, self.path(name)), names), strict=True))
-        return [FileInfo(name, int(infos[name].get("size") or 0), _fingerprint(infos[name])) for name in names]
+        infos = {name: info for name, info in infos.items() if not name.startswith(".") and "/." not in name}
+        if any(info.get("size") is None for info in infos.values()):  # an HTTP index page has names only
+            infos = dict(zip(infos, in_bulk(lambda name: self._ask(self.fs.info, self.path(name)), infos), strict=True))
+        return [FileInfo(name, int(info.get("size") or 0), _fingerprint(info)) for name, info in infos.items()]
 
     def _raising_errors(self) -> dict[str, Any]:
         """Return arguments with which `find` fails at a subfolder that it cannot list, instead of skipping it."""
@@ -234,7 +252,7 @@ class Folder:
             return None
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return the bytes of a file from `start` to before `stop`, or fewer if the store ended early."""
+        """Return the bytes of a file from `start` to before `stop`, or fewer if it ends earlier."""
         return bytes(self._ask(self.fs.cat_file, self.path(name), start=start, end=stop))
 
     def read_tail(self, name: str, size: int) -> bytes:
@@ -253,24 +271,46 @@ class Folder:
             files: The files, from `list`. Those that are gone by now are left out.
             size: Bytes to read of each.
         """
-        for chunk in (files[i : i + 1024] for i in range(0, len(files), 1024)):  # bounds what is in memory at once
-            for file, tail in zip(chunk, self._tails(chunk, size), strict=True):
-                if tail:
-                    yield file, tail
+        starts = [max(0, file.size - size) for file in files]
+        ends = [file.size for file in files]
+        return self._parts(files, starts, ends)
 
-    def _tails(self, files: Sequence[FileInfo], size: int) -> Sequence[bytes | None]:
-        paths, ends = [self.path(file.name) for file in files], [file.size for file in files]
-        starts = [max(0, end - size) for end in ends]
+    def read_heads(self, files: Sequence[FileInfo], size: int) -> Iterator[tuple[FileInfo, bytes]]:
+        """Yield the first `size` bytes of many files, or all of shorter ones; see `read_tails`."""
+        return self._parts(files, [0] * len(files), [min(size, file.size) for file in files])
+
+    def _parts(
+        self, files: Sequence[FileInfo], starts: Sequence[int], ends: Sequence[int]
+    ) -> Iterator[tuple[FileInfo, bytes]]:
+        """Yield a part of each file that is there; a chunk of them at a time is in memory."""
+        read = self._local_parts if self.is_local else self._remote_parts
+        for at in range(0, len(files), CHUNK):
+            some = slice(at, at + CHUNK)
+            for file, part in zip(files[some], read(files[some], starts[some], ends[some]), strict=True):
+                if part is not None:
+                    yield file, part
+
+    def _local_parts(
+        self, files: Sequence[FileInfo], starts: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[bytes | None]:
+        root = self._resolved[1]
+        parts = list(zip(files, starts, ends, strict=True))
+        return in_bulk(lambda it: read_part(f"{root}/{it[0].name}", it[1], it[2] - it[1]), parts)
+
+    def _remote_parts(
+        self, files: Sequence[FileInfo], starts: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[bytes | None]:
         answers: Sequence[Any] = [None] * len(files)
         if self.fs.async_impl:
-            answers = self.fs.cat_ranges(paths, starts, ends, on_error="return")
+            paths = [self.path(file.name) for file in files]
+            answers = self.fs.cat_ranges(paths, list(starts), list(ends), on_error="return")
 
         def again(i: int) -> bytes | None:
-            """Return the tail of a file; request it alone if it failed among the others or was not requested yet."""
+            """Return a part of a file; request it alone if it failed among the others or was not requested yet."""
             if isinstance(answers[i], bytes):
                 return bytes(answers[i])
             try:
-                return self.read_range(files[i].name, starts[i], ends[i]) if ends[i] else None
+                return self.read_range(files[i].name, starts[i], ends[i]) if ends[i] else b""
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
@@ -459,5 +499,8 @@ def in_bulk(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     Returns:
         The results, in the order of the items.
     """
+    items = list(items)
+    size = min(AT_ONCE, max(1, len(items) // (8 * BULK_THREADS)))
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
     with ThreadPoolExecutor(BULK_THREADS) as pool:
-        return list(pool.map(function, items))
+        return [result for part in pool.map(lambda part: [function(item) for item in part], parts) for result in part]

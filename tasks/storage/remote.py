@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+from typing import Any
+
+from fsspec.config import conf
 
 from embedders.errors import one_line
 
@@ -15,6 +18,21 @@ PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": 
 PACKAGES |= {"abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "smb": "smbprotocol"}
 
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|sig|secret|password|credential|key)[^=&]*=", re.IGNORECASE)
+
+
+CONNECTIONS = 64
+"""Requests at once to S3 by one process; its client's own limit is 10, which at 30 ms each are 330 per second."""
+
+
+def client_options(protocol: str) -> dict[str, Any]:
+    """Return what fsspec's file system for a kind of store is made with, beside what the user's configuration says."""
+    if protocol in {"file", "local"}:
+        return {}
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there too
+    if protocol in {"s3", "s3a"}:
+        given = conf.get(protocol, {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **given}
+    return options
 
 
 def as_os_error(error: Exception) -> Exception:

@@ -6,13 +6,15 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
+import tasks.output_files
+import tasks.records
 from embedders import TimmImageEmbedder
-from flows.embed import main
+from flows.embed import embed_dataset, main
 from flows.new_shards import new_shards
 from tasks.shards import find_shards
 from tests.layers import embed_all
@@ -334,3 +338,97 @@ def test_an_output_that_cannot_be_written_is_refused(
 ) -> None:
     line = refused(capsys, demo_dataset, "--output", "http://127.0.0.1:1/out")
     assert "cannot be written to" in line
+
+
+# --- how many requests ------------------------------------------------------------------------------------------------
+
+
+def kinds(requests: list[tuple[str, str]]) -> dict[str, Counter[str]]:
+    """Count requests: by shard of those that name one, and as "" of the others; each as method and folder."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for method, path in requests:
+        path, _, query = path.partition("?")
+        names = re.search(r"/([^/]+/)?(\d{5})\.(\w+)$", path)
+        if "list-type" in query:
+            found[""]["LIST"] += 1
+        elif names is None:
+            found[""][method] += 1
+        else:
+            found[names[2]][f"{method} {names[1]}{names[3]}"] += 1
+    return dict(found)
+
+
+@dataclass
+class Counted:
+    """Two small shards in a store, and what runs over them request before they make a report."""
+
+    fs: Any
+    proxy: Proxy
+    report: dict[str, Counter[str]] = field(default_factory=dict)
+    """What the report of the last run asked for."""
+
+    def run(self) -> dict[str, Counter[str]]:
+        """Embed what is left to embed; the requests, as `kinds` counts them."""
+        for records in (tasks.records._held, tasks.output_files._balanced):
+            records.clear()  # as in a process that has made no plan yet
+        self.proxy.requests.clear()
+        embedder = TimmImageEmbedder("test_vit.r160_in1k", pretrained=False)
+        done = embed_dataset("s3://counted/data", "s3://counted/out", embedder, workers=1, device="cpu")
+        assert (done.samples, done.shards_failed) == (128, 0), done
+        written = self.proxy.requests.index(("PUT", "/counted/out/manifest.json"))
+        self.report = kinds(self.proxy.requests[written + 1 :])
+        return kinds(self.proxy.requests[: written + 1])
+
+
+@pytest.fixture
+def counted(store: str, server: str, demo_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    """The demo's first two shards; a sample of the first one ends in quarantine."""
+    fs = client(store)
+    fs.mkdir("counted")
+    fs.put([str(path) for path in sorted(demo_dataset.glob("0000[01].*"))], "counted/data/")
+    with Proxy(store).running() as proxy:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": proxy.url}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield Counted(fs, proxy)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+EMBEDDED = {"GET data/tar": 1, "GET data/parquet": 2, "GET image_embedding/parquet": 2, "GET index/idx": 2}
+EMBEDDED |= {"PUT index/idx": 1, "PUT image_embedding/parquet": 1, "DELETE image_embedding/parquet": 1}
+MERGED = {"GET data/parquet": 1, "GET image_embedding/parquet": 1, "GET metadata/parquet": 2}
+MERGED |= {"PUT metadata/parquet": 1, "DELETE unmatched/parquet": 1}
+LOOKED_AT = {"GET data/parquet": 1}
+"""Of the first 64 shards that are left to embed: whether their metadata fit."""
+FOUND_DONE = {"GET image_embedding/parquet": 1, "GET index/idx": 1, "GET metadata/parquet": 1}
+WITH_QUARANTINE = {"GET image_embedding/parquet": 1}
+ONCE = {"LIST": 40, "HEAD": 12, "GET": 30, "PUT": 30, "DELETE": 3}
+"""Whatever the shards, as long as they are few; GET and PUT renew the lock while the run goes on."""
+
+
+def most(*parts: dict[str, int]) -> Counter[str]:
+    """The sum of some requests."""
+    return sum(map(Counter, parts), Counter[str]())
+
+
+def test_requests_per_shard_are_bounded(counted: Counted) -> None:
+    """The table in docs/remote-stores.md."""
+    first = counted.run()
+    whole = most(EMBEDDED, MERGED, LOOKED_AT)
+    quarantined = most(whole, WITH_QUARANTINE, WITH_QUARANTINE, {"PUT image_embedding/parquet": 1})
+    assert first["00001"] <= whole, first["00001"]
+    assert first["00000"] <= quarantined, first["00000"]
+    assert first[""] <= Counter(ONCE), first[""]
+    assert counted.report["00001"]["GET image_embedding/parquet"] <= 5  # vectors, and the ids of pictures
+
+    idle = counted.run()
+    assert idle["00001"] <= Counter(FOUND_DONE), idle["00001"]
+    assert idle["00000"] <= most(FOUND_DONE, WITH_QUARANTINE), idle["00000"]
+    assert idle[""] <= Counter({"LIST": 12, "HEAD": 3, "GET": 6, "PUT": 6, "DELETE": 3}), idle[""]
+
+    counted.fs.rm_file("counted/out/layers/image_embedding/00001.parquet")
+    resumed = counted.run()
+    assert resumed["00000"] <= most(FOUND_DONE, WITH_QUARANTINE), resumed["00000"]
+    again = most(EMBEDDED, LOOKED_AT, FOUND_DONE, {"GET metadata/parquet": 1})  # its vectors are as before: no merge
+    assert resumed["00001"] <= again, resumed["00001"]
+    assert resumed[""] <= Counter(ONCE), resumed[""]

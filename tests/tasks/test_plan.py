@@ -69,7 +69,9 @@ def test_an_empty_output_is_planned_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["deleted", "cut", "foreign", "of another tar", "without quarantine"])
+@pytest.mark.parametrize(
+    "damage", ["deleted", "cut", "foreign", "of another tar", "without quarantine", "another index"]
+)
 def test_a_shard_whose_files_do_not_hold_is_embedded_again(shards: list[Shard], damage: str) -> None:
     path = Path(shards[2].target.path(shards[2].layer_file(LAYER)))
     if damage == "deleted":
@@ -80,6 +82,8 @@ def test_a_shard_whose_files_do_not_hold_is_embedded_again(shards: list[Shard], 
         pq.write_table(pa.table({"id": ["0", "1"]}), path)
     elif damage == "of another tar":
         shards[2] = replace(shards[2], tar_fingerprint="11-1")
+    elif damage == "another index":
+        shards[2].target.write_text(shards[2].index_file, index_of(shards[2], 4))
     else:
         shards[2].target.remove(shards[2].quarantine_file(LAYER))
     assert left(make_plan(shards, E, OPTIONS)) == (["a/2"], [])
@@ -156,8 +160,16 @@ def test_ten_thousand_finished_shards_are_found_done_in_seconds(tmp_path: Path) 
         )
         shard.target.write(shard.quarantine_file(LAYER), lambda path: pq.write_table(pa.table({"id": ["2"]}), path))
         shard.target.write_text(shard.index_file, index_of(shard, 3))
-    begun = time.monotonic()
+    begun = time.process_time()
     assert left(make_plan(shards, E, OPTIONS)) == ([], [])
-    seconds = time.monotonic() - begun
-    print(f"10,000 shards planned in {seconds:.1f} s")
-    assert seconds < 30
+    seconds = time.process_time() - begun
+    print(f"10,000 shards planned in {seconds:.1f} s of CPU")
+    assert seconds < 10
+
+
+def test_records_of_many_shards_share_what_is_the_same(shards: list[Shard]) -> None:
+    """A plan of a million shards holds how a layer was made once."""
+    one, other, _ = make_plan(shards, E, OPTIONS).main.records.values()
+    assert one.key != other.key
+    assert one.columns is other.columns
+    assert one.versions is other.versions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ def test_notes_of_somebody_else_are_no_record(make_shard: MakeShard, notes: dict
     shard = make_shard(metadata=pa.table({"key": ["a"], "v": [[1.0]]}).replace_schema_metadata(notes))
     with pytest.raises(InputError, match="has a column 'v' that shard-embed did not write"):
         unified_schema([shard], "key", ["v"])
+
+
+def test_each_files_notes_count_though_their_schemas_are_the_same(make_shard: MakeShard) -> None:
+    table = pa.table({"key": ["a"], "v": [[1.0]]})
+    notes = {"embeddings": '[{"column": "v", "layer": "v"}]'}
+    shards = [make_shard("0", metadata=table.replace_schema_metadata(notes)), make_shard("1", metadata=table)]
+    with pytest.raises(InputError, match=r"1\.parquet: has a column 'v' that shard-embed did not write"):
+        unified_schema(shards, "key", ["v"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 99 + b"PAR1"])
+def test_a_damaged_file_among_many_is_named(make_shard: MakeShard, content: bytes) -> None:
+    shards = [make_shard(f"{n}", metadata={"key": ["a"]}) for n in range(3)]
+    Path(shards[1].source.path("1.parquet")).write_bytes(content)
+    shards[1] = replace(shards[1], metadata_fingerprint=f"{len(content)}-2")
+    with pytest.raises(InputError, match=r"1\.parquet: not readable as Parquet"):
+        unified_schema(shards, "key", [])
+
+
+def test_a_file_that_has_changed_since_the_listing_counts_as_it_is(make_shard: MakeShard) -> None:
+    shard = make_shard("0", metadata={"key": ["a"], "x": [1]})
+    pq.write_table(pa.table({"key": ["a"], "y": [list(range(5000))]}), shard.source.path("0.parquet"))
+    assert unified_schema([shard], "key", []).names == ["key", "y"]
 
 
 def test_ids_of_two_types_become_text(make_shard: MakeShard) -> None:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -25,35 +24,12 @@ from tasks.records import read_layer_record
 from tasks.shards import Shard, ShardReplaced, find_shards
 from tasks.storage.download_ahead import Stage
 from tasks.storage.folder import Folder
+from tasks.storage.signed_download import signed_file
 from tasks.storage.temporary_space import scratch
 from tests.layers import embed_all
-from tests.servers import Proxy, s3_server
+from tests.servers import Proxy
 
 SIZE = 100_000
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with s3_server() as url:
-        yield url
-
-
-@pytest.fixture
-def proxy(store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
-    """A proxy before an S3 server with an empty bucket, which this process takes for the store."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    with Proxy(store).running() as proxy:
-        settings = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_ENDPOINT_URL": proxy.url}
-        for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem(skip_instance_cache=True)
-        if fs.exists("staging"):
-            fs.rm("staging", recursive=True)
-        fs.mkdir("staging")
-        yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -134,6 +110,36 @@ def test_parts_are_downloaded_in_parallel(shards: list[Shard], proxy: Proxy, mon
     with Stage(shards[3:4]) as stage:
         assert Path(next(stage).path()).read_bytes() == bytes([3]) * SIZE
     assert most > 4
+
+
+def tar_requests(proxy: Proxy) -> list[tuple[str, bool]]:
+    """The method of each request for a tar, and whether it came by a signed URL."""
+    return [(method, "Signature=" in path) for method, path in proxy.requests if ".tar" in path]
+
+
+def test_parts_come_by_signed_urls_and_nothing_else_is_asked(
+    shards: list[Shard], proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.storage.download_ahead, "PART", SIZE // 4)
+    proxy.requests.clear()
+    with Stage(shards[3:4]) as stage:
+        assert Path(next(stage).path()).read_bytes() == bytes([3]) * SIZE
+    assert tar_requests(proxy) == [("GET", True)] * 4
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+def test_what_signed_urls_do_not_bring_the_client_does(shards: list[Shard], proxy: Proxy, fault: str) -> None:
+    proxy.requests.clear()
+    proxy.fault = lambda method, path: fault if "Signature=" in path else None
+    with Stage(shards[3:4]) as stage:
+        assert Path(next(stage).path()).read_bytes() == bytes([3]) * SIZE
+    assert tar_requests(proxy)[-2:] == [("GET", False), ("HEAD", False)]  # the last proves that it is the listed one
+
+
+def test_a_signed_url_is_not_shown(shards: list[Shard]) -> None:
+    signed = signed_file(shards[0].source, shards[0].tar, shards[0].tar_etag)
+    assert signed is not None
+    assert "Signature" not in repr(signed)
 
 
 def test_a_tar_that_was_replaced_is_not_taken_for_the_planned_one(shards: list[Shard], tmp_path: Path) -> None:
