@@ -40,7 +40,7 @@ class Declared:
 
 
 FLOWS = {"flows.embed.embed": "embed", "flows.sensor.start_for_new_shards": "new-shards"}
-"""The name of each flow by its entry point; their files take seconds to import."""
+"""The name of each of our flows by its entry point; their files take seconds to import."""
 
 
 def declared(deployments: Path = DECLARED, datasets: Path = DATASETS) -> list[Declared]:
@@ -60,12 +60,20 @@ def declared(deployments: Path = DECLARED, datasets: Path = DATASETS) -> list[De
     templates = [entry for entry in whole["deployments"] if entry["name"] in OF_A_DATASET]
     for dataset in yaml.safe_load(datasets.read_text()) or []:
         entries += _of_dataset(dataset, templates, values, datasets)
-    found = [Declared(FLOWS[entry["entrypoint"]], entry) for entry in entries]
+    found = [Declared(_flow_name(entry["entrypoint"]), entry) for entry in entries]
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{datasets}: two deployments would be called {name}; rename an entry")
     return found
+
+
+def _flow_name(entrypoint: str) -> str:
+    if entrypoint in FLOWS:
+        return FLOWS[entrypoint]
+    from prefect.flows import load_flow_from_entrypoint
+
+    return str(load_flow_from_entrypoint(entrypoint).name)
 
 
 def _of_dataset(

@@ -6,11 +6,11 @@ One run that embeds goes on at a time, since this machine's GPUs are one; sensor
 from __future__ import annotations
 
 import asyncio
-import importlib
 from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
+from prefect.flows import load_flow_from_entrypoint
 from prefect.runner import Runner
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.types.entrypoint import EntrypointType
@@ -28,14 +28,13 @@ def deployments(file: Path = DECLARED, datasets: Path = DATASETS) -> dict[str, l
     """
     by_queue: dict[str, list[Any]] = {queue: [] for queue in QUEUES}
     for one in declared(file, datasets):
-        by_queue[one.entry["work_pool"]["work_queue_name"]].append(_deployment(one))
+        by_queue.setdefault(one.entry["work_pool"].get("work_queue_name", ""), []).append(_deployment(one))
     return by_queue
 
 
 def _deployment(one: Declared) -> Any:
     entry = one.entry
-    module, _, name = entry["entrypoint"].rpartition(".")
-    flow = getattr(importlib.import_module(module), name)
+    flow: Any = load_flow_from_entrypoint(entry["entrypoint"])
     return flow.to_deployment(
         entry["name"],
         description=entry["description"],
@@ -62,7 +61,7 @@ async def serve(by_queue: dict[str, list[Any]]) -> None:
     """
     runners = []
     for queue, found in by_queue.items():
-        runners.append(Runner(name=f"shard-embed {queue}", limit=QUEUES[queue]))
+        runners.append(Runner(name=f"shard-embed {queue}", limit=QUEUES.get(queue)))
         for deployment in found:
             await runners[-1].aadd_deployment(deployment)
     await asyncio.gather(*(runner.start() for runner in runners))

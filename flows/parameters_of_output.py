@@ -40,6 +40,8 @@ def parameters_of(manifest: Manifest) -> dict[str, Any]:
         {'model_name': ['resnet50']}
     """
     layers = {name: layer for name, layer in manifest.layers.items() if layer.made_of.get("output") != "tokens"}
+    if not layers:
+        return {}
     names = sorted(layers, key=lambda name: name != manifest.column)
     made = [_of_layer(manifest, name, layers[name]) for name in names]
     shared, *others = ({key: value for key, value in one.items() if key != "model_name"} for one in made)

@@ -82,7 +82,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("call", "more"), [("embed", ", **OPTIONS"), ("curate", "")])
+@pytest.mark.parametrize(
+    ("call", "more"), [pytest.param("embed", ", **OPTIONS", marks=pytest.mark.slow), ("curate", "")]
+)
 def test_workers_share_the_server_of_the_flow_that_calls(
     call: str, more: str, demo_dataset: Path, tmp_path: Path
 ) -> None:
