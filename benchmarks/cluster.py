@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.worker.cores import share_of_cores
-
 from benchmarks.throughput import make_shards
 from embedders import TimmImageEmbedder
 from flows.embed import embed_dataset
 from tasks.hardware import available_cores, count_gpus
 from tasks.records import LayerRecord, read_layer_record
 from tasks.storage.folder import Folder
+from tasks.worker.cores import share_of_cores
 
 LAYER = "image_embedding"
 
@@ -65,7 +64,7 @@ def cluster(workers: int, folder: Path) -> Iterator[str]:
             options: Any = {"stdout": log, "stderr": log, "env": environment | variables}
             processes.append(subprocess.Popen([sys.executable, "-m", *command], **options))
 
-    common = ["--nthreads", "3", "--memory-limit", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    common = ["--nthreads", "4", "--memory-limit", "0", "--no-dashboard", "--scheduler-file", str(file)]
     try:
         start(
             "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
@@ -96,12 +95,9 @@ def threads(address: str) -> dict[str, int]:
     from distributed import Client
 
     with Client(address, set_as_default=False) as client:
-        found: dict[str, int] = client.run(_threads)
-    return found
-
-
-def _threads() -> int:
-    return share_of_cores()
+        workers = [*client.nthreads()]
+        futures = [client.submit(share_of_cores, workers=[worker], pure=False) for worker in workers]
+        return dict(zip(workers, client.gather(futures), strict=True))
 
 
 def run(dataset: Path, workers: int, model: str) -> Result:

@@ -268,7 +268,8 @@ def one_decision(device: str, dataset: str | None, folder: str) -> list[Check]:
         own = {name: on(name, decide_here, shards, recipes, options).result() for name in pinned}
         parts = {"few": shards[:2], "many": shards[2:]}
         futures = [on(name, embed_group, parts[name], recipes, options, own["many"]) for name in pinned]
-        records = [record for future in futures for record in future.result()]
+        done = [of_layer for future in futures for of_layer in future.result().values()]
+        records = [record for of_layer in done for record in of_layer.values()]
     made = {(record.decoder, record.batch_size) for record in records}
     kept = kept_decision(make_plan(shards, recipes, MergeOptions("key")), recipes)
     alone = ", ".join(f"{len(pinned[name])} cores alone: {own[name]}" for name in pinned)

@@ -92,6 +92,26 @@ def decide_together(sessions: Sequence[Session], shard: OpenShard) -> Decision |
     return decide_for(_timm_sessions(sessions), shard)
 
 
+def take_decision(sessions: Sequence[Session], decision: Decision) -> bool:
+    """Give sessions that were opened together, without a decision, what their run has decided meanwhile.
+
+    Args:
+        sessions: What `open_together` gave.
+        decision: What another worker has decided.
+
+    Returns:
+        Whether they can keep to it: their models are ready for batches of one size. If not, they are as they were.
+    """
+    ours = [session for session in sessions if isinstance(session, TimmSession)]
+    if len(ours) < len(sessions) or any(session.batch_size != decision.batch_size for session in ours):
+        return False
+    for session in ours:
+        session.decision = decision
+    if ours[0].decoder not in ("", decision.decoder):
+        reopen_loader_for(ours)
+    return True
+
+
 def use_cores(sessions: Sequence[Session], cores: int) -> None:
     """Give sessions that were opened together another number of cores, between two streams of shards."""
     ours = [session for session in sessions if isinstance(session, TimmSession)]

@@ -21,7 +21,7 @@ from embedders.decision import Decision
 from embedders.recipe import Recipe
 from flows.tasks_in_flight import Ended, TasksInFlight
 from tasks.dataset.even_files import Part, write_parts
-from tasks.decide import TRIES, agreed, decide, kept_decision
+from tasks.decide import TRIES, agreed, decide, kept_decision, warm_up
 from tasks.embed import EmbedOptions, Records, embed_shards
 from tasks.group_size import SECONDS_OF_A_MERGE, GroupSize
 from tasks.index import index_shards
@@ -199,6 +199,7 @@ class Submission:
             some = tuple(itertools.islice(shards, TRIES))
             parameters = {"shards": some, "recipes": recipes, "options": self.options}
             self._deciding[self.tasks.submit(self.stages.decide, parameters, workers=self.deciders)] = recipes
+            self.tasks.start_on_each(self.deciders, warm_up, recipes, self.options)
         return name in self._decisions
 
     def _embed(self, group: Group) -> None:
@@ -217,6 +218,7 @@ class Submission:
         if decision is not None and self.plan.part is not None:
             decision = agreed(decision, self.plan, recipes)
         self._decisions[_sources(recipes)] = decision
+        self.tasks.forget_started()
 
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         there: frozenset[str] = frozenset()

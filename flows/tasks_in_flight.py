@@ -57,6 +57,7 @@ class TasksInFlight:
         self._note = note
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._in_flight: dict[Any, Any] = {}
+        self._started: list[Any] = []
         self._gone_since: float | None = None
         self._silent_since: float | None = None
         self._looked = 0.0
@@ -102,6 +103,14 @@ class TasksInFlight:
         self._in_flight[dask_future.key] = future
         dask_future.add_done_callback(self._ended.put)
         return future
+
+    def start_on_each(self, workers: Sequence[str], function: Callable[..., None], *args: Any) -> None:
+        """Call a function on each of some workers, as no task of Prefect's; nobody waits for it or asks how it went."""
+        self._started += [self._client.submit(function, *args, workers=[it], pure=False) for it in workers]
+
+    def forget_started(self) -> None:
+        """Let go of what `start_on_each` has started; what runs goes on."""
+        self._started.clear()
 
     def ended(self, seconds: float) -> Iterator[Ended]:
         """Yield the tasks that have ended; wait for the first of them for so long.

@@ -142,6 +142,17 @@ def _opened(shard: Shard, recipe: Recipe, options: EmbedOptions, limit: Limit) -
         watch.leave(held)
 
 
+def warm_up(recipes: Sequence[Recipe], options: EmbedOptions) -> None:
+    """Open this worker's engine while another worker decides; it takes the decision when its first task brings it.
+
+    Args:
+        recipes: What is computed in one pass.
+        options: As for the embedding tasks.
+    """
+    with shared_engine(recipes, resolve_device(options.device), options.images):
+        pass
+
+
 @task(
     name="decide",
     task_run_name="decide decoder and batch size",

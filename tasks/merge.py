@@ -24,7 +24,7 @@ from embedders.quarantine import QuarantinedSample, Reason
 from tasks.dataset.column_types import same_tables
 from tasks.dataset.description import ADDED, columns_made, describe, footer
 from tasks.dataset.ids import canonical_ids, repeated
-from tasks.dataset.join import Join, join_ids
+from tasks.dataset.join import Join, chosen_join, join_ids
 from tasks.dataset.metadata import (
     MetadataRows,
     check_columns,
@@ -36,6 +36,7 @@ from tasks.dataset.metadata import (
     repeated_id,
 )
 from tasks.dataset.vectors import write_groups
+from tasks.hardware import count_gpus
 from tasks.layer_rows import LayerFile, check_column_types, column_type, group_rows, vector_columns
 from tasks.layers import quarantine_table
 from tasks.merge_options import MergeOptions
@@ -46,6 +47,8 @@ from tasks.run_names import run_name
 from tasks.shards import Shard
 from tasks.storage.arrow_file import arrow_file
 from tasks.storage.folder import Folder
+from tasks.worker.dask_worker import dask_worker
+from tasks.worker.side_process import aside
 
 EXAMPLES = 3
 """Ids without a partner that a record names."""
@@ -74,12 +77,23 @@ def merge_group(
     for shard in shards:
         try:
             before = _done_before(shard, records[shard.name], options) if shard.name in there else None
-            done.append(before or merge_shard(shard, records[shard.name], options, join))
+            done.append(before or _merge_aside(shard, records[shard.name], options, join))
         except Exception as error:
             failures.append(ShardFailure.of(shard.name, error))
     if failures:
         raise ShardsFailed(failures)
     return done
+
+
+def _merge_aside(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions, join: Join) -> MergeRecord:
+    """Merge a shard; beside the process that feeds a GPU, which must not wait for the Python that this takes.
+
+    A shard that cuDF joins stays in the process that may use the GPU.
+    """
+    samples = max((record.samples for record in records.values()), default=0)
+    if dask_worker() is None or not count_gpus() or chosen_join(join, samples) == "cudf":
+        return merge_shard(shard, records, options, join)
+    return aside(merge_shard, shard, records, options, join, wait=True)
 
 
 def _done_before(shard: Shard, records: Mapping[str, LayerRecord], options: MergeOptions) -> MergeRecord | None:

@@ -25,7 +25,7 @@ from embedders.errors import drop_locals
 from embedders.fingerprint import digest, of_value_or_type
 from embedders.recipe import Recipe
 from embedders.session import Session
-from embedders.shared_loading import decide_together, open_together, use_cores
+from embedders.shared_loading import decide_together, open_together, take_decision, use_cores
 from embedders.webdataset import OpenShard
 from tasks.worker.cores import share_of_cores
 from tasks.worker.hang_detection import watch
@@ -172,6 +172,10 @@ class SharedEngine:
     def decide(self, shard: OpenShard) -> Decision | None:
         """Decide on decoder and batch size by the images of a shard; see `embedders.session.Session.decide`."""
         return self._call_inside(lambda engine: decide_together(engine.sessions, shard))
+
+    def take(self, decision: Decision) -> bool:
+        """Take what the run has decided, if that is possible without loading the models again."""
+        return self._call_inside(lambda engine: take_decision(engine.sessions, decision))
 
     def share_cores(self) -> None:
         """Use as many cores as are this worker's share by now: other workers may have come or gone."""
@@ -380,6 +384,8 @@ def shared_engine(
         _kept.waiting.append(request)
         try:
             _changed.wait_for(lambda: _kept.serves(request))
+            if _kept.name != name and _takes(recipes, device, decision):
+                _kept.name = name
             if _kept.name != name or not _kept.usable:
                 _kept.close()
                 _kept.engine = SharedEngine(lambda: _open_engine(recipes, device, images, decision))
@@ -399,6 +405,14 @@ def shared_engine(
             if not _kept.users and not _kept.usable:
                 _kept.close()  # what it failed with holds the model and shards
             _changed.notify_all()
+
+
+def _takes(recipes: Sequence[Recipe], device: str, decision: Decision | None) -> bool:
+    """Return whether the engine that is there was opened before the run's decision was known, and has taken it now."""
+    engine = _kept.engine
+    if decision is None or engine is None or not _kept.usable or _kept.name != _engine_name(recipes, device, None):
+        return False
+    return engine.take(decision)
 
 
 def decide_engine(engine: SharedEngine, recipes: Sequence[Recipe], device: str, shard: OpenShard) -> Decision | None:

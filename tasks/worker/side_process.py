@@ -39,14 +39,19 @@ class SidePool:
         self._up: Future[None] = self._pool.submit(_import, module)
         self._up.add_done_callback(_warn)
 
-    def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, a function of a module. Until a side process is up it is called right here.
+    def call(self, function: Callable[..., T], *args: Any, wait: bool = False) -> T:
+        """Return `function(*args)`, a function of a module.
+
+        Args:
+            function: The function.
+            args: Its arguments.
+            wait: Whether to wait until a side process is up; else it is called right here meanwhile.
 
         Raises:
             OSError: A side process died, and the pool is of no use any more.
             Exception: What the function raises.
         """
-        if not self._up.done() or self._up.exception() is not None:
+        if not (wait or self._up.done()) or self._up.exception() is not None:
             return function(*args)
         try:
             return self._pool.submit(_answer, function, args).result()
@@ -59,17 +64,26 @@ class SidePool:
         self._pool.shutdown(cancel_futures=True)
 
 
-_pools: list[SidePool] = []
+_pools: dict[str, SidePool] = {}
 _choosing = threading.Lock()
 
 
-def aside(function: Callable[..., T], *args: Any) -> T:
-    """Return `function(*args)`, called by this process's pool, which is made anew where a side process has died."""
+def aside(function: Callable[..., T], *args: Any, wait: bool = False) -> T:
+    """Return `function(*args)`, called by a pool of this process, which is made anew where a side process has died.
+
+    Each module has a pool of its own, so that shards that are opened do not wait for others that are merged.
+
+    Args:
+        function: The function.
+        args: Its arguments.
+        wait: Whether to wait until a side process is up; else it is called right here meanwhile.
+    """
+    module = function.__module__
     with _choosing:
-        if not _pools or _pools[0].broken:
-            _pools[:] = [SidePool(function.__module__)]
-        pool = _pools[0]
-    return pool.call(function, *args)
+        if module not in _pools or _pools[module].broken:
+            _pools[module] = SidePool(module)
+        pool = _pools[module]
+    return pool.call(function, *args, wait=wait)
 
 
 class _Process(SpawnProcess):

@@ -21,7 +21,7 @@ from embedders.open_loader import open_loader
 from embedders.quarantine import Reason
 from embedders.session import Session
 from embedders.shard_batch import ShardBatch
-from embedders.shared_loading import batches_for, can_share, decide_together, open_together, use_cores
+from embedders.shared_loading import batches_for, can_share, decide_together, open_together, take_decision, use_cores
 from embedders.timm_session import TimmSession
 from embedders.webdataset import OpenShard, open_shard
 from tests.kinds import ARITHMETIC_JPEG, photograph, saved
@@ -333,3 +333,14 @@ def test_sessions_keep_one_loader_when_they_get_other_cores(
     use_cores(sessions, 3)
     assert ours[0].loader is before
     assert sum(1 for _ in batches_for(sessions, shards[:1])) > 0
+
+
+def test_sessions_opened_before_the_decision_take_it_if_their_batches_are_of_that_size() -> None:
+    sessions = open_together([Model(), Model(OTHER_MEAN)], "cpu")
+    assert sessions[0].batch_size == 4  # type: ignore[attr-defined]
+    assert not take_decision(sessions, Decision("exact", 8))
+    assert [session.decision for session in sessions] == [None, None]
+    assert take_decision(sessions, Decision("exact", 4))
+    assert [session.decision for session in sessions] == [Decision("exact", 4)] * 2
+    for session in sessions:
+        session.close()
