@@ -35,9 +35,6 @@ from tasks.shards import Shard
 TICK = 1.0
 """Seconds to wait for the end of a task before the cluster is looked at again."""
 
-AHEAD = 1
-"""Groups that wait for each worker, beyond those that its threads work on."""
-
 MERGE_FIRST = 10
 """The priority of a merge: the reader of the dataset, and the end of the run, wait for it."""
 
@@ -51,6 +48,16 @@ class Group:
 
     shards: tuple[Shard, ...]
     recipes: tuple[Recipe, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A group that is embedded and not merged yet, with the future of its embedding."""
+
+    group: Group
+    records: Records
+    options: MergeOptions
+    embedded: Any
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Submission:
     _decisions: dict[str, Decision | None] = field(default_factory=dict)
     _deciding: dict[Any, tuple[Recipe, ...]] = field(default_factory=dict)
     _records: dict[str, dict[str, LayerRecord]] = field(default_factory=dict)
+    _waiting: deque[_Waiting] = field(default_factory=deque)
     _columns: dict[str, LayerRecord] = field(default_factory=dict)
     _merge_options: MergeOptions | None = None
 
@@ -103,7 +111,7 @@ class Submission:
             ClusterLost: There is no cluster any more.
         """
         left = deque((recipes, deque(shards)) for recipes, shards in embedding_jobs(self.plan))
-        while left or self._groups or self._deciding:
+        while left or self._groups or self._deciding or self._waiting:
             began, submitted = time.monotonic(), False
             if left and self._may_embed(*left[0]):
                 recipes, shards = left[0]
@@ -112,9 +120,8 @@ class Submission:
                 submitted = True
                 if not shards:
                     left.popleft()
-            for ended in self.tasks.ended(0 if submitted else TICK):
-                if (again := self._take(ended)) is not None:
-                    left.appendleft((again.recipes, deque(again.shards)))
+            for again in self._wait(0 if submitted else TICK):
+                left.appendleft((again.recipes, deque(again.shards)))
             if submitted:
                 self.size.cost(time.monotonic() - began)
 
@@ -142,7 +149,7 @@ class Submission:
         for shard in shards:
             self.failures.pop(shard.name, None)
         left = deque(Group((shard,), recipes) for shard in shards for recipes in together)
-        while left or self._groups:
+        while left or self._groups or self._waiting:
             while left and self._is_decided(left[0].recipes, left[0].shards):
                 self._embed(left.popleft())
             left.extend(self._wait())
@@ -156,7 +163,7 @@ class Submission:
         size = GroupSize(SECONDS_OF_A_MERGE)
         left = deque(plan.to_merge)
         while left or self._groups:
-            while left and len(self._groups) < self.tasks.threads + AHEAD * self.tasks.workers:
+            while left and len(self._groups) < self.tasks.threads + self.tasks.workers:
                 count = min(len(left), size.next(len(left), self.tasks.threads))
                 group = Group(tuple(left.popleft() for _ in range(count)))
                 self._merge(group, {shard.name: plan.records(shard) for shard in group.shards}, plan.options)
@@ -180,9 +187,11 @@ class Submission:
 
     def _may_embed(self, recipes: tuple[Recipe, ...], shards: Collection[Shard]) -> bool:
         """Return whether it is decided how a pass computes, and the cluster has room for another group."""
-        embedding = sum(bool(group.recipes) for group in self._groups.values())
-        room = embedding < self.tasks.threads + AHEAD * self.tasks.workers
+        room = self._embedding() < max(self.tasks.workers, self.tasks.threads - self.tasks.workers)
         return self._is_decided(recipes, shards) and room
+
+    def _embedding(self) -> int:
+        return sum(bool(group.recipes) for group in self._groups.values())
 
     def _is_decided(self, recipes: tuple[Recipe, ...], shards: Collection[Shard]) -> bool:
         """Return whether decoder and batch size of a pass are decided; if nothing is known yet, have them measured.
@@ -220,6 +229,15 @@ class Submission:
         self._decisions[_sources(recipes)] = decision
         self.tasks.forget_started()
 
+    def _merge_some(self) -> None:
+        """Submit merges that wait: one a worker while there is something to embed, which has the other threads."""
+        embedding = self._embedding()
+        room = self.tasks.workers if embedding else self.tasks.threads + self.tasks.workers
+        while self._waiting and len(self._groups) - embedding < room:
+            waiting = self._waiting.popleft()
+            self._merge(waiting.group, waiting.records, waiting.options, [waiting.embedded])
+            self.tasks.release(waiting.embedded)
+
     def _merge(self, group: Group, records: Records, options: MergeOptions, after: Sequence[Any] = ()) -> None:
         there: frozenset[str] = frozenset()
         if after and not self.options.verify:  # else the plan has looked at it
@@ -227,9 +245,11 @@ class Submission:
         parameters = {"shards": group.shards, "records": records, "options": options, "there": tuple(there)}
         self._groups[self.tasks.submit(self.stages.merge, parameters, after, MERGE_FIRST)] = group
 
-    def _wait(self) -> list[Group]:
-        """Take what ends within a moment, and return the groups that have to be done again."""
-        return [again for ended in self.tasks.ended(TICK) if (again := self._take(ended)) is not None]
+    def _wait(self, seconds: float = TICK) -> list[Group]:
+        """Take what ends within some time, have merged what that allows, and return what has to be done again."""
+        again = [group for ended in self.tasks.ended(seconds) if (group := self._take(ended)) is not None]
+        self._merge_some()
+        return again
 
     def _take(self, ended: Ended) -> Group | None:
         """Take what has come of a task; return its group if nobody knows, so that it has to be done again."""
@@ -246,7 +266,8 @@ class Submission:
             elif group.recipes:
                 self._embedded(group, ended)
         finally:
-            self.tasks.release(ended.future)
+            if not (self._waiting and self._waiting[-1].embedded is ended.future):
+                self.tasks.release(ended.future)
         return None
 
     def _failed(self, group: Group, error: BaseException) -> None:
@@ -272,7 +293,7 @@ class Submission:
         self._merge_options = self._merge_options or self._options_by_now()
         if whole.shards and self._merge_options is not None:
             of_shards = {s.name: self.plan.records(s) | self._records.pop(s.name) for s in whole.shards}
-            self._merge(whole, of_shards, self._merge_options, [ended.future])
+            self._waiting.append(_Waiting(whole, of_shards, self._merge_options, ended.future))
 
     @cached_property
     def _merged_before(self) -> frozenset[str]:

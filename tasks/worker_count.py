@@ -6,7 +6,7 @@ from tasks.hardware import available_cores, count_gpus
 
 CORES_PER_WORKER = 4
 """On machines without a GPU."""
-TASKS_PER_WORKER = 2
+TASKS_PER_WORKER = 3
 TASKS_PER_GPU_WORKER = 4
 """Task threads of a worker: while the engine computes one task's shards, the next task opens its own (see
 tasks/worker/shared_engine.py). A GPU may finish a group of small shards before Prefect has recorded the end of the

@@ -337,7 +337,7 @@ def test_sessions_keep_one_loader_when_they_get_other_cores(
 
 def test_sessions_opened_before_the_decision_take_it_if_their_batches_are_of_that_size() -> None:
     sessions = open_together([Model(), Model(OTHER_MEAN)], "cpu")
-    assert sessions[0].batch_size == 4  # type: ignore[attr-defined]
+    assert sessions[0].batch_size == 4
     assert not take_decision(sessions, Decision("exact", 8))
     assert [session.decision for session in sessions] == [None, None]
     assert take_decision(sessions, Decision("exact", 4))
