@@ -64,7 +64,7 @@ def cluster(workers: int, folder: Path) -> Iterator[str]:
             options: Any = {"stdout": log, "stderr": log, "env": environment | variables}
             processes.append(subprocess.Popen([sys.executable, "-m", *command], **options))
 
-    common = ["--nthreads", "4", "--memory-limit", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    common = ["--nthreads", "3", "--memory-limit", "0", "--no-dashboard", "--scheduler-file", str(file)]
     try:
         start(
             "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)

@@ -38,6 +38,10 @@ TICK = 1.0
 MERGE_FIRST = 10
 """The priority of a merge: the reader of the dataset, and the end of the run, wait for it."""
 
+AHEAD = 2
+"""Groups that wait for each worker beyond those that its threads work on. It takes about a second until a group that is
+submitted when another ends has its first shard open, in which a GPU would embed 20,000 images."""
+
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
 
@@ -187,7 +191,7 @@ class Submission:
 
     def _may_embed(self, recipes: tuple[Recipe, ...], shards: Collection[Shard]) -> bool:
         """Return whether it is decided how a pass computes, and the cluster has room for another group."""
-        room = self._embedding() < max(self.tasks.workers, self.tasks.threads - self.tasks.workers)
+        room = self._embedding() < self.tasks.threads + AHEAD * self.tasks.workers
         return self._is_decided(recipes, shards) and room
 
     def _embedding(self) -> int:
@@ -230,7 +234,7 @@ class Submission:
         self.tasks.forget_started()
 
     def _merge_some(self) -> None:
-        """Submit merges that wait: one a worker while there is something to embed, which has the other threads."""
+        """Submit merges that wait: about one a worker while there is something to embed."""
         embedding = self._embedding()
         room = self.tasks.workers if embedding else self.tasks.threads + self.tasks.workers
         while self._waiting and len(self._groups) - embedding < room:

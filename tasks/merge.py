@@ -428,4 +428,8 @@ def merge_shards(
     Example:
         >>> futures = [merge_shards.submit(*group) for group in plan.again().groups_to_merge()]
     """
+    if dask_worker() is not None:
+        from distributed import secede
+
+        secede()  # its thread is for the next embedding; what feeds a GPU must not wait for a merge
     return merge_group(shards, records, options, join, there)

@@ -6,11 +6,11 @@ from tasks.hardware import available_cores, count_gpus
 
 CORES_PER_WORKER = 4
 """On machines without a GPU."""
-TASKS_PER_WORKER = 3
-TASKS_PER_GPU_WORKER = 4
+TASKS_PER_WORKER = 2
+TASKS_PER_GPU_WORKER = 3
 """Task threads of a worker: while the engine computes one task's shards, the next task opens its own (see
 tasks/worker/shared_engine.py). A GPU may finish a group of small shards before Prefect has recorded the end of the
-group before, so its worker takes a third; and a fourth, while one is merged in a process beside it."""
+group before, so its worker takes a third. Merges take no thread from them, see tasks/merge.py."""
 
 
 def choose_workers(device: str, workers: int | None, shards: int) -> int:
