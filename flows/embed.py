@@ -374,7 +374,7 @@ def _embed(
                 unexplained = f"not done: {error}"
                 progress.note(f"{error}; what is embedded is kept")
                 plan = _plan_again(work, config)
-    finish = partial(_finish, config, work, progress, plan, first, failures, unexplained)
+    finish = partial(_finish, config, work, progress, plan, first, failures, unexplained, anything)
     manifest = _in_turn(config, progress, finish, failed=bool(failures) or unexplained != NO_OUTPUT)
     run_progress.manifest = manifest
     if manifest.shards_failed or manifest.over_limit:
@@ -390,6 +390,7 @@ def _finish(
     first: float,
     failures: Mapping[str, ShardFailure],
     unexplained: str,
+    anything: bool,
     write: bool,
 ) -> Manifest:
     """Return the account of what the output holds now; write it, with the card and the report, if that is asked for."""
@@ -406,8 +407,8 @@ def _finish(
         write=write,
     )
     if write:
-        show_in_a_page(manifest, progress.note, anew=work.anything or config.part is not None)
-    if work.anything:
+        show_in_a_page(manifest, progress.note, anew=anything or config.part is not None)
+    if anything:
         show_account(manifest, plan)
     return manifest
 

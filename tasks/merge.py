@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import task
+from prefect import State, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
 
 from embedders.errors import InputError, MalformedShard
 from embedders.quarantine import QuarantinedSample, Reason
@@ -59,7 +60,6 @@ def merge_group(
     records: Mapping[str, Mapping[str, LayerRecord]],
     options: MergeOptions,
     join: Join = "auto",
-    there: Collection[str] = (),
 ) -> list[MergeRecord]:
     """Join every shard of a group, one after the other, and write its file.
 
@@ -68,7 +68,6 @@ def merge_group(
         records: For each shard, the records of its layers, by layer.
         options: How.
         join: What finds the row of each id; see `tasks.dataset.join`.
-        there: Names of shards that have a merged file, which stays if it is as it should be.
 
     Raises:
         ShardsFailed: Some shards failed; all others are written.
@@ -76,8 +75,7 @@ def merge_group(
     done, failures = [], []
     for shard in shards:
         try:
-            before = _done_before(shard, records[shard.name], options) if shard.name in there else None
-            done.append(before or _merge_aside(shard, records[shard.name], options, join))
+            done.append(_merge_aside(shard, records[shard.name], options, join))
         except Exception as error:
             failures.append(ShardFailure.of(shard.name, error))
     if failures:
@@ -408,7 +406,7 @@ def merge_shards(
     span: str = "",
     join: Join = "auto",
     there: Collection[str] = (),
-) -> list[MergeRecord]:
+) -> list[MergeRecord] | State[list[MergeRecord]]:
     """Join the metadata of a group of shards with their layers, one shard after the other; write the dataset's files.
 
     Args:
@@ -420,7 +418,7 @@ def merge_shards(
         there: Names of shards that have a merged file, which stays if it is as it should be.
 
     Returns:
-        The record of each shard's file.
+        The record of each shard's file. The state is `Cached` if all were as they should be.
 
     Raises:
         ShardsFailed: Some shards failed, after retries where these may help; all others are written.
@@ -432,4 +430,8 @@ def merge_shards(
         from distributed import secede
 
         secede()  # its thread is for the next embedding; what feeds a GPU must not wait for a merge
-    return merge_group(shards, records, options, join, there)
+    asked = [shard for shard in shards if shard.name in there]
+    found = {shard.name: _done_before(shard, records[shard.name], options) for shard in asked}
+    left = [shard for shard in shards if found.get(shard.name) is None]
+    merged = [record for record in found.values() if record is not None] + merge_group(left, records, options, join)
+    return merged if left else Completed(name="Cached", data=merged)

@@ -35,7 +35,8 @@ def test_the_decision_goes_to_the_embedding_tasks_as_a_future(
         def run() -> list[tuple[str, int]]:
             decided: Any = decide.submit(shards, recipes, options)
             futures: list[Any] = [embed_shards.submit([it], recipes, options, it.name, decided) for it in shards]
-            return [(record.decoder, record.batch_size) for future in futures for record in future.result()]
+            done = [of_layer for future in futures for of_layer in future.result().values()]
+            return [(record.decoder, record.batch_size) for of_layer in done for record in of_layer.values()]
 
         assert run() == [("fast", 64)] * 2
     assert loaded(tmp_path / "notes") == [1]

@@ -97,7 +97,7 @@ def test_runs_and_tasks_are_tagged(server: str, demo_dataset: Path, tmp_path: Pa
     run, tasks_of_run = asyncio.run(run_and_tasks(state.state_details.flow_run_id))
     expected = {"shard-embed", "dataset:demo-data", f"model:{TINY}"}
     assert set(run.tags) == expected
-    assert [set(task.tags) for task in tasks_of_run] == [expected] * 9
+    assert [set(task.tags) for task in tasks_of_run] == [expected] * 12
     assert isinstance(state.result(), Manifest)
 
 

@@ -95,8 +95,7 @@ def test_it_leaves_what_the_flow_leaves(
     server: str, data: str, out: str, tmp_path: Path, runner: Callable[[], dict[str, Any]]
 ) -> None:
     made = run(data, out, **runner())
-    groups = [f"{verb} 0000{shard}" for verb in ("embed", "index") for shard in range(3)]
-    assert task_names() == [*groups, "merge 00000–00002"]
+    assert {name.partition(" ")[0] for name in task_names()} == {"embed", "index", "merge"}
     assert (made.embedded, made.rows, made.shards_cached, made.shards_failed) == (24, 24, 0, 0)
     assert 0 < made.seconds_to_first <= made.seconds
     assert read_manifest(out).embedded == 24
@@ -188,10 +187,10 @@ def test_shards_that_no_task_has_done_or_reported_are_failures(server: str, data
     @flow
     def careless() -> Manifest:
         plan = plan_dataset(data, out, TimmImageEmbedder(TINY, pretrained=False))
-        first, second, third = plan.groups_to_embed()
+        first, second, third = plan.groups_to_embed(workers=3)
         futures: list[Any] = [embed_shards.submit(*first), embed_shards.submit(*second), crashes.submit(third)]
         wait(futures)
-        (merging,) = plan.again().groups_to_merge()
+        merging, *_ = plan.again().groups_to_merge()
         only = {"00000": merging.records["00000"]}
         futures.append(merge_shards.submit(merging.shards[:1], only, merging.options, span="the first"))
         return finish(plan, futures)

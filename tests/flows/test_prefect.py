@@ -80,10 +80,19 @@ def task_runs(flow_run_name: str) -> list[Any]:
     return asyncio.run(task_runs_of(flow_run_name))
 
 
+def after(run: Any) -> set[Any]:
+    """The task runs that one follows."""
+    return {it.id for it in run.task_inputs.get("wait_for", [])}
+
+
 def test_runs_and_tasks_say_what_they_do(server: str, demo_dataset: Path, tmp_path: Path) -> None:
-    embed_dataset(str(demo_dataset), str(tmp_path / "out"), TimmImageEmbedder(TINY, pretrained=False), device="cpu")
-    names = [run.name for run in task_runs(f"embed demo-data with {TINY}")]
-    assert names == [*(f"embed 0000{i}" for i in range(4)), *(f"index 0000{i}" for i in range(4)), "merge 00000–00003"]
+    embedder = TimmImageEmbedder(TINY, pretrained=False)
+    embed_dataset(str(demo_dataset), str(tmp_path / "out"), embedder, device="cpu", workers=2)
+    runs = {run.name: run for run in task_runs(f"embed demo-data with {TINY}")}
+    assert list(runs) == [f"{stage} 0000{i}" for stage in ("embed", "index", "merge") for i in range(4)]
+    for i in range(4):  # the edges of the graph: index → embed → merge
+        assert after(runs[f"embed 0000{i}"]) == {runs[f"index 0000{i}"].id}
+        assert after(runs[f"merge 0000{i}"]) == {runs[f"embed 0000{i}"].id}
     artifacts, logs = asyncio.run(shown(f"embed demo-data with {TINY}"))
     assert artifacts["progress"].data == 100
     assert artifacts["progress"].description.startswith("256 of about 256 images, 4 of 4 shards; ")
@@ -134,7 +143,8 @@ def test_what_was_done_shows_as_cached(server: str, demo_dataset: Path, tmp_path
     output = tmp_path / "out"
 
     def states() -> list[tuple[str, str]]:
-        embed_dataset(str(demo_dataset), str(output), TimmImageEmbedder(TINY, pretrained=False), device="cpu")
+        embedder = TimmImageEmbedder(TINY, pretrained=False)
+        embed_dataset(str(demo_dataset), str(output), embedder, device="cpu", workers=2)
         return sorted((run.name, run.state.name) for run in task_runs(f"embed demo-data with {TINY}"))
 
     assert {state for _, state in states()} == {"Completed"}
@@ -150,6 +160,8 @@ def test_what_was_done_shows_as_cached(server: str, demo_dataset: Path, tmp_path
         ("embed 00001", "Completed"),
         ("embed 00002", "Completed"),
         ("index 00001", "Cached"),
+        ("index 00002", "Cached"),
+        ("merge 00001", "Cached"),
         ("merge 00002", "Completed"),
         ("merge 00002", "Failed"),
     ]
