@@ -157,6 +157,7 @@ def warm_up(recipes: Sequence[Recipe], options: EmbedOptions) -> None:
     name="decide",
     task_run_name="decide decoder and batch size",
     cache_policy=NO_CACHE,  # the records of the layers keep it
+    persist_result=False,
 )
 def decide(shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions) -> Decision | None:
     """Decide on decoder and batch size; see `decide_here`.
