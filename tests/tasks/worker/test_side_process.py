@@ -125,13 +125,13 @@ def test_what_cannot_be_sent_fails_one_call_and_no_later_one(side: SidePool) -> 
 @pytest.mark.parametrize("fault", [die, half_an_answer])
 def test_the_death_of_a_process_is_an_error_that_can_be_tried_again(fault: Callable[[], None]) -> None:
     for _ in range(600):
-        if aside(os.getpid) != os.getpid():
+        if aside(slow_pid) != os.getpid():
             break
         time.sleep(0.1)
     with pytest.raises(OSError, match="died"):
         aside(fault)
     for _ in range(600):
-        if aside(os.getpid) != os.getpid():
+        if aside(slow_pid) != os.getpid():
             return
         time.sleep(0.1)
     raise AssertionError("no other process came up")
