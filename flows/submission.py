@@ -125,7 +125,8 @@ class Submission:
                 if not shards:
                     left.popleft()
             for again in self._wait(0 if submitted else TICK):
-                left.appendleft((again.recipes, deque(again.shards)))
+                if again.recipes:  # a lost merge is made up for at the end
+                    left.appendleft((again.recipes, deque(again.shards)))
             if submitted:
                 self.size.cost(time.monotonic() - began)
 
@@ -156,7 +157,7 @@ class Submission:
         while left or self._groups or self._waiting:
             while left and self._is_decided(left[0].recipes, left[0].shards):
                 self._embed(left.popleft())
-            left.extend(self._wait())
+            left.extend(again for again in self._wait() if again.recipes)
 
     def merge_all(self, plan: Plan) -> None:
         """Merge what is embedded and not merged, or merged in another way than now.
@@ -264,6 +265,7 @@ class Submission:
             if group is None:  # of an index task its embedding tells
                 return None
             if ended.lost:
+                self._waiting.clear()  # what they follow is lost, too; the files are there, and merged at the end
                 return group
             if ended.error is not None:
                 self._failed(group, ended.error)
