@@ -46,7 +46,7 @@ from tasks.manifest import Timing, account, write_manifest
 from tasks.merge_options import MergeOptions
 from tasks.plan import Plan, make_plan, merged_key
 from tasks.records import LayerRecord, MergeRecord, seal_footer, with_record
-from tasks.retries import RETRIES
+from tasks.retries import RETRIES, ShardFailure
 from tasks.run_names import run_name
 from tasks.shards import Shard, find_shards
 
@@ -58,15 +58,15 @@ LINKS = 50_000
 # --- what a worker pretends to do -------------------------------------------------------------------------------------
 
 
-@task(name="index-generation", task_run_name=run_name("index"), cache_policy=NO_CACHE)
+@task(name="index-generation", task_run_name=run_name("index"), cache_policy=NO_CACHE, persist_result=False)
 def pretend_to_index(shards: Sequence[Shard], id_col: str, span: str = "") -> int:
     """Do nothing."""
     return len(shards)
 
 
-@task(name="shard-embedding", task_run_name=run_name("embed"), cache_policy=NO_CACHE, **RETRIES)
+@task(name="shard-embedding", task_run_name=run_name("embed"), cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def pretend_to_embed(
-    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str = ""
+    shards: Sequence[Shard], recipes: Sequence[Recipe], options: EmbedOptions, span: str = "", decision: Any = None
 ) -> Records:
     """Write a small layer file for each shard, and sleep for the rest of the time that it should take."""
     seconds = float(os.environ["SCALE_SECONDS"])
@@ -99,7 +99,7 @@ def _embed(shard: Shard, recipe: Recipe, options: EmbedOptions, seconds: float) 
     return record
 
 
-@task(name="metadata-merge", task_run_name=run_name("merge"), cache_policy=NO_CACHE, **RETRIES)
+@task(name="metadata-merge", task_run_name=run_name("merge"), cache_policy=NO_CACHE, persist_result=False, **RETRIES)
 def pretend_to_merge(
     shards: Sequence[Shard], records: Records, options: MergeOptions, span: str = "", there: Collection[str] = ()
 ) -> int:
@@ -114,7 +114,7 @@ def pretend_to_merge(
     return len(shards)
 
 
-STAGES = Stages(pretend_to_index, pretend_to_embed, pretend_to_merge)
+STAGES = Stages(index=pretend_to_index, embed=pretend_to_embed, merge=pretend_to_merge)
 
 
 def host_workers(address: str, count: int) -> None:
@@ -245,14 +245,18 @@ def plan_samples(plan: Plan) -> int:
     return sum(record.samples for record in plan.embedded.values())
 
 
-@flow(name="scale", persist_result=False)
-def _through(address: str, plan: Any, seconds: float, embedded: Any, failures: Any) -> None:
-    """Everything that goes through Prefect and Dask, as `flows.embed` has it."""
-    with task_runner(address) as runner, SettingsOnce.now():
-        tasks = TasksInFlight(runner, 60.0, print)
-        options = EmbedOptions("key", "cpu")
-        submission = Submission(tasks, plan, options, GroupSize(seconds), embedded, failures, STAGES)
-        submission.embed_all()
+def _through(address: str, plan: Plan, seconds: float, embedded: Any, failures: dict[str, ShardFailure]) -> None:
+    """Do everything that goes through Prefect and Dask, as `flows.embed` does."""
+
+    @flow(name="scale", persist_result=False)
+    def through() -> None:
+        with task_runner(address) as runner, SettingsOnce.now():
+            tasks = TasksInFlight(runner, 60.0, print)
+            options = EmbedOptions("key", "cpu")
+            submission = Submission(tasks, plan, options, GroupSize(seconds), embedded, failures, STAGES)
+            submission.embed_all()
+
+    through()
 
 
 class _Pretended(ImageEmbedder):
