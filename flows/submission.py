@@ -288,7 +288,7 @@ class Submission:
         records: Records = ended.result
         main = group.recipes[0].layer
         fresh = [of_layer[main] for of_layer in records.values()]
-        self.size.ended(len(group.shards), seconds_in_work(fresh))
+        self.size.ended(len(group.shards), seconds_in_work(fresh), self.tasks.threads, time.monotonic())
         self.embedded(group.shards, fresh)
         for name, of_layer in records.items():
             self._records.setdefault(name, {}).update(of_layer)

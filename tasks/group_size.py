@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,6 +26,12 @@ SECONDS_OF_A_MERGE = 0.5
 
 WEIGHT = 0.2
 """The weight of the newest measurement in a running average."""
+
+RECENT, ENOUGH = 16, 8
+"""Groups whose ends tell how fast they come, at most and at least."""
+
+LATE = 1.3
+"""How much farther apart than expected groups may end before the control plane counts as late."""
 
 MOST = 2000
 """Shards of a group at most: a task's message to its worker has to stay small."""
@@ -48,13 +55,30 @@ class GroupSize:
     shard_seconds: float
     control_seconds: float = CONTROL_SECONDS
     _measured: bool = False
+    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _ended: int = 0
     _last_round: tuple[int, int] | None = None
 
-    def ended(self, shards: int, seconds: float) -> None:
-        """Take how long a group of so many shards took on its worker."""
+    def ended(self, shards: int, seconds: float, threads: int, now: float) -> None:
+        """Take how long a group took on its worker, and see whether the control plane keeps up.
+
+        It does not if groups end farther apart than so many threads would end them; then that time is what one costs.
+
+        Args:
+            shards: How many shards it had.
+            seconds: What they took.
+            threads: Tasks that the cluster runs at once.
+            now: The time, in seconds.
+        """
         found = max(seconds / shards, 1e-3)
         self.shard_seconds = found if not self._measured else _average(self.shard_seconds, found)
         self._measured = True
+        self._ends.append(now)
+        self._ended += 1
+        if self._ended > threads and len(self._ends) >= ENOUGH:
+            apart = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            if apart > LATE * seconds / threads:
+                self.cost(apart)
 
     def cost(self, seconds: float) -> None:
         """Take what a group cost the control plane."""

@@ -48,7 +48,7 @@ def test_all_threads_finish_together(threads: int, shards_each: int) -> None:
 def test_what_groups_take_changes_the_next_ones() -> None:
     size = guess(10_000_000, 1000, on_gpu=True)
     before = size.next(10**6, 768)
-    size.ended(before, before * size.shard_seconds * 4)  # a slower model than it was taken for
+    size.ended(before, before * size.shard_seconds * 4, 768, 0.0)  # a slower model than it was taken for
     assert size.next(10**6, 768) == pytest.approx(before / 4, abs=1)
     for _ in range(50):
         size.cost(3.0)  # a slow server
@@ -59,3 +59,12 @@ def test_a_larger_cluster_gets_larger_groups_until_few_shards_are_left() -> None
     size = GroupSize(4.0)
     assert size.next(100_000, 96) < size.next(100_000, 768)
     assert size.next(768, 768) == 1
+
+
+@pytest.mark.parametrize(("apart", "grows"), [(0.5, True), (0.026, False)])
+def test_groups_grow_if_they_end_farther_apart_than_the_threads_would_end_them(apart: float, grows: bool) -> None:
+    size = GroupSize(4.0, control_seconds=0.05)
+    before = size.next(10**6, 768)
+    for number in range(1000):
+        size.ended(before, before * 4.0, 768, number * max(apart, before * 4.0 / 768))
+    assert (size.next(10**6, 768) > before) is grows
