@@ -65,26 +65,33 @@ def start_for_new_shards(
     if why := reason_not_to_start(before, attempts):
         logger.info("%s: %s", said, why)
         return len(new)
-    name = f"{said} (by {flow_run.name})"
-    run: Any = run_deployment(
-        deployment,
-        parameters=given,
-        flow_run_name=name,
-        idempotency_key=f"{seen} {len(before)}",
-        tags=[PROJECT],
-        timeout=0,
-    )
-    if run.name != name:  # another sensor was faster: the server answers with its run
-        logger.info("%s: already started as %s", said, run.name)
-        return len(new)
-    logger.info("%s: started %s as %s", said, deployment, run.id)
-    emit_event(
-        EVENT,
-        resource={"prefect.resource.id": f"shard-embed.dataset.{dataset}", "prefect.resource.name": dataset},
-        payload={"shards": len(new), "first": new[0].name, "last": new[-1].name, "attempt": len(before) + 1},
-        id=UUID(bytes=hashlib.sha256(f"{seen} {len(before)}".encode()).digest()[:16]),
-    )
+    attempt = f"{seen} {len(before)}"
+    if run := _start(deployment, given, f"{said} (by {flow_run.name})", attempt):
+        logger.info("%s: started %s as %s", said, deployment, run)
+        emit_event(
+            EVENT,
+            resource={"prefect.resource.id": f"shard-embed.dataset.{dataset}", "prefect.resource.name": dataset},
+            payload={"shards": len(new), "first": new[0].name, "last": new[-1].name, "attempt": len(before) + 1},
+            id=UUID(bytes=hashlib.sha256(attempt.encode()).digest()[:16]),
+        )
+    else:
+        logger.info("%s: already started", said)
     return len(new)
+
+
+def _start(deployment: str, parameters: dict[str, Any], name: str, attempt: str) -> str:
+    """Start a deployment and return the run's id; empty if another sensor was faster.
+
+    Args:
+        deployment: FLOW/DEPLOYMENT.
+        parameters: Its parameters.
+        name: The run's name.
+        attempt: What the server knows the run by: it answers with the run of the first call.
+    """
+    run: Any = run_deployment(
+        deployment, parameters=parameters, flow_run_name=name, idempotency_key=attempt, tags=[PROJECT], timeout=0
+    )
+    return str(run.id) if run.name == name else ""
 
 
 def digest_of(shards: Mapping[str, str], deployment: str, parameters: Mapping[str, Any]) -> str:
