@@ -49,6 +49,8 @@ def test_a_decision_that_cannot_be_made_stops_no_run(
     (tmp_path / "notes").mkdir()
     shards = find_shards(str(tmp_path / "data"), str(tmp_path / "out"))
 
+    caplog.set_level("INFO")  # whatever an earlier test has left
+
     @flow(persist_result=False)
     def run() -> object:
         return decide(shards, recipes_of(Measuring(str(tmp_path / "notes"))), EmbedOptions("key", "cpu"))
