@@ -12,6 +12,9 @@ T = TypeVar("T")
 SECONDS_OF_WORK = 10.0
 """What a group should take at least. A task costs Prefect and Dask about a quarter of a second."""
 
+SECONDS_AT_LEAST = 2.0
+"""What the groups of the last rounds should take at least, while there are enough for all workers."""
+
 CONTROL_SECONDS = 0.3
 """What a group costs the control plane, until that is measured: submitting its tasks and taking their results."""
 
@@ -97,7 +100,7 @@ class GroupSize:
         """
         keeps_up = threads * self.control_seconds / SHARE_OF_CONTROL
         size = max(1, min(MOST, round(max(SECONDS_OF_WORK, keeps_up) / self.shard_seconds)))
-        least = max(1, round(keeps_up / 4 / self.shard_seconds))
+        least = max(1, round(max(SECONDS_AT_LEAST, keeps_up / 4) / self.shard_seconds))
         if left > 2 * threads * least:
             self._last_round = None
             return max(1, min(size, -(-left // (2 * threads))))
