@@ -39,8 +39,7 @@ MERGE_FIRST = 10
 """The priority of a merge: the reader of the dataset, and the end of the run, wait for it."""
 
 AHEAD = 2
-"""Groups that wait for each worker beyond those that its threads work on. It takes about a second until a group that is
-submitted when another ends has its first shard open, in which a GPU would embed 20,000 images."""
+"""Groups that wait for each worker beyond those that its threads work on, so that it need not wait for the next."""
 
 ALONE_IN_VAIN = 8
 """Shards that fail one after the other, each in a task of its own, before the rest is not tried so any more."""
